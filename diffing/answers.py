@@ -1,29 +1,35 @@
 """What does a model answer, token by token, in a way that two models can be compared?
 
 Sampling takes, at every step, the token with the largest logit / temperature + Gumbel noise, which is an exact draw.
-The noise depends on seed, prompt and step alone: answers do not depend on the batch, and two models get the same noise,
-so that equal models give equal answers and close models differ only where their predictions do.
+The noise depends on the seed, the prompt's id, the number of the draw, the step and the token alone: an answer does
+not depend on the batch, on the order or number of the prompts, on the device, or on a resume, and two models get the
+same noise, so that equal models give equal answers and close models differ only where their predictions do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from diffing.answer_noise import gumbel_noise, noise_keys
 from diffing.checkpoint import LoadedCheckpoint
 from diffing.errors import InputError
 from diffing.next_token import NextToken
 from diffing.progress import followed
-from diffing.prompts import TokenizedPrompts
+from diffing.prompts import PromptSet, TokenizedPrompts
 from diffing.tokens import TokenBatch
 
 _HELD_LOGITS = 1 << 24
+# A context for one batch, made from its left-padded attention mask `[prompt, token]`.
+Around = Callable[[Tensor], contextlib.AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,15 @@ class AnswerSettings:
         max_new_tokens: most tokens of an answer.
         temperature: of sampling; 0 takes the likeliest token each time.
         seed: of the noise; the same for both models.
-        batch_size: prompts at once; answers do not depend on it but for rounding.
+        batch_size: answers at once; answers do not depend on it but for rounding.
+        samples: answers to each prompt, each with noise of its own; more than one needs a temperature above 0.
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     seed: int = 0
     batch_size: int = 16
+    samples: int = 1
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.batch_size < 1 or not self.temperature >= 0 or self.seed < 0:
@@ -48,44 +56,143 @@ class AnswerSettings:
                 "Expected max_new_tokens and batch_size of at least 1, temperature and seed of 0 or more, got "
                 f"{self!r}. Mend what is off."
             )
+        if self.samples < 1 or (self.samples > 1 and not self.temperature):
+            raise InputError(
+                f"Expected 1 sample, or more at a temperature above 0, got {self.samples} at {self.temperature}. "
+                "Without noise all answers to a prompt are the same."
+            )
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """One drawn answer.
+
+    Attributes:
+        prompt: number of the prompt in its set.
+        sample: number of the draw, from 0.
+        token_ids: what was written, the end mark included where one was `[token]`, int64.
+        finished: whether it ended by itself; False where `max_new_tokens` cut it.
+        text: decoded without special tokens; model text, so a page must escape it.
+    """
+
+    prompt: int
+    sample: int
+    token_ids: Int64[np.ndarray, " token"]
+    finished: bool
+    text: str
+
+
+def answer_prompts(
+    loaded: LoadedCheckpoint,
+    prompts: PromptSet,
+    settings: AnswerSettings,
+    *,
+    max_length: int = 4096,
+    around: Around | None = None,
+    progress: bool = False,
+) -> tuple[Answer, ...]:
+    """Answers to prompts as texts with their token ids, in the order of the prompts, then of the draws.
+
+    Args:
+        loaded: the model; inside `with Intervention(loaded.model, …)` it answers as changed.
+        prompts: conversations that end where the assistant speaks, or texts to go on with.
+        settings: how to draw.
+        max_length: most tokens of a prompt.
+        around: opened for each batch with its left-padded mask, for changes at chosen tokens.
+        progress: shows a bar on a terminal.
+
+    Raises:
+        InputError: a prompt is longer than `max_length`.
+    """
+    tokenized = prompts.tokenize(loaded.tokenizer, max_length=max_length, add_generation_prompt=True)
+    if tokenized.truncated:
+        raise InputError(
+            f"Expected prompts of at most {max_length} tokens, got {tokenized.n_truncated} longer (first: "
+            f"{tokenized.truncated[0]}). Raise max_length or leave them out."
+        )
+    drawn = stream_answers(loaded, tokenized, settings, around=around, progress=progress)
+    return tuple(sorted(drawn, key=lambda answer: (answer.prompt, answer.sample)))
+
+
 def draw_answers(
-    loaded: LoadedCheckpoint, tokenized: TokenizedPrompts, settings: AnswerSettings, *, progress: bool = False
+    loaded: LoadedCheckpoint,
+    tokenized: TokenizedPrompts,
+    settings: AnswerSettings,
+    *,
+    around: Around | None = None,
+    progress: bool = False,
 ) -> tuple[Int[np.ndarray, " _"], ...]:
-    """One answer a prompt as token ids, the end mark included where one was written.
+    """Answers as token ids, the end mark included where one was written: all draws of a prompt, then of the next.
 
     Args:
         loaded: the model; its adapter and mode are put back, and no global random state is touched.
         tokenized: prompts that end where the answer begins (`tokenize(…, add_generation_prompt=True)`).
-        settings: how to draw.
+        settings: how to draw; answer `p * settings.samples + s` is draw `s` of prompt `p`.
+        around: opened for each batch with its left-padded mask.
         progress: shows a bar on a terminal.
     """
-    answers: list[np.ndarray] = [np.zeros(0, np.int64)] * len(tokenized)
-    stops, pad = _marks(loaded)
-    order = np.argsort(-tokenized.lengths, kind="stable").tolist()
-    device = next(loaded.model.parameters()).device
-    starts = range(0, len(order), settings.batch_size)
-    for at in followed(starts, f"Answers of {loaded.name}", shown=progress):
-        batch = tokenized.batch(order[at : at + settings.batch_size], device=device)
-        ids, mask = _left_padded(batch)
-        config = GenerationConfig(
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=pad,
-            eos_token_id=stops or None,
-        )
-        noise = LogitsProcessorList([_Gumbel(batch.prompt_index, settings)] if settings.temperature else [])
-        with loaded.active() as model:
-            written = model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=noise
-            )
-        for number, row in zip(batch.prompt_index, written[:, ids.shape[1] :].cpu().numpy(), strict=True):
-            ended = np.flatnonzero(np.isin(row, stops))
-            answers[number] = row[: int(ended[0]) + 1 if len(ended) else len(row)].astype(np.int64)
+    answers: list[np.ndarray] = [np.zeros(0, np.int64)] * (len(tokenized) * settings.samples)
+    for answer in stream_answers(loaded, tokenized, settings, around=around, progress=progress):
+        answers[answer.prompt * settings.samples + answer.sample] = answer.token_ids
     return tuple(answers)
+
+
+def stream_answers(
+    loaded: LoadedCheckpoint,
+    tokenized: TokenizedPrompts,
+    settings: AnswerSettings,
+    *,
+    around: Around | None = None,
+    skip: Callable[[int, int], bool] = lambda prompt, sample: False,
+    progress: bool = False,
+) -> Iterator[Answer]:
+    """The same answers batch by batch as they are written, longest prompts first; nothing is kept.
+
+    Args:
+        loaded: the model.
+        tokenized: prompts that end where the answer begins.
+        settings: how to draw.
+        around: opened for each batch with its left-padded mask.
+        skip: says of a prompt's number and a draw's whether that answer is known already and need not be drawn.
+        progress: shows a bar on a terminal.
+    """
+    order = np.argsort(-tokenized.lengths, kind="stable").tolist()
+    wanted = [pair for pair in product(order, range(settings.samples)) if not skip(*pair)]
+    for at in followed(range(0, len(wanted), settings.batch_size), f"Answers of {loaded.name}", shown=progress):
+        yield from _drawn_batch(loaded, tokenized, wanted[at : at + settings.batch_size], settings, around)
+
+
+@torch.inference_mode()
+def _drawn_batch(
+    loaded: LoadedCheckpoint,
+    tokenized: TokenizedPrompts,
+    pairs: Sequence[tuple[int, int]],
+    settings: AnswerSettings,
+    around: Around | None,
+) -> list[Answer]:
+    stops, pad = _marks(loaded)
+    batch = tokenized.batch([prompt for prompt, _ in pairs], device=next(loaded.model.parameters()).device)
+    ids, mask = _left_padded(batch)
+    config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad,
+        eos_token_id=stops or None,
+    )
+    named = [(tokenized.prompts.prompts[prompt].id, sample) for prompt, sample in pairs]
+    noise = LogitsProcessorList([_Gumbel(named, settings)] if settings.temperature else [])
+    with loaded.active() as model, around(mask) if around else contextlib.nullcontext():
+        written = model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=noise
+        )
+    answers = []
+    for (prompt, sample), row in zip(pairs, written[:, ids.shape[1] :].cpu().numpy(), strict=True):
+        ended = np.flatnonzero(np.isin(row, stops))
+        kept = row[: int(ended[0]) + 1 if len(ended) else len(row)].astype(np.int64)
+        text = loaded.tokenizer.decode(kept, skip_special_tokens=True)
+        answers.append(Answer(prompt, sample, kept, bool(len(ended)), str(text)))
+    return answers
 
 
 @torch.inference_mode()
@@ -138,15 +245,15 @@ def _log_probabilities(
 
 
 class _Gumbel(LogitsProcessor):
-    """Adds the noise of each prompt to its logits; the largest sum is then an exact draw at that temperature."""
+    """Adds the noise of each answer to its logits; the largest sum is then an exact draw at that temperature."""
 
-    def __init__(self, prompts: Sequence[int], settings: AnswerSettings) -> None:
-        self._temperature = settings.temperature
-        self._generators = [np.random.default_rng([settings.seed, prompt]) for prompt in prompts]
+    def __init__(self, named: Sequence[tuple[str, int]], settings: AnswerSettings) -> None:
+        self._named, self._settings, self._step = named, settings, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        noise = np.stack([generator.gumbel(size=scores.shape[1]) for generator in self._generators])
-        return scores.float() / self._temperature + torch.from_numpy(noise).to(scores.device, torch.float32)
+        keys = noise_keys(self._settings.seed, self._named, self._step).to(scores.device)
+        self._step += 1
+        return scores.float() / self._settings.temperature + gumbel_noise(keys, scores.shape[1])
 
 
 def _marks(loaded: LoadedCheckpoint) -> tuple[list[int], int]:

@@ -66,18 +66,6 @@ def test_answers_do_not_depend_on_the_batch(settings, family):
     assert [answer.tolist() for answer in together] == [answer.tolist() for answer in alone]
 
 
-def test_noise_and_largest_sum_draw_from_the_models_own_distribution():
-    loaded = _loaded(tiny_model())
-    tokenized = PromptSet.from_texts(["the cat is"] * 400).tokenize(tiny_tokenizer())
-    settings = AnswerSettings(max_new_tokens=1, batch_size=400, temperature=0.7)
-    drawn = np.bincount(np.concatenate(draw_answers(loaded, tokenized, settings)), minlength=VOCAB_SIZE) / 400
-    ids = torch.from_numpy(tokenized.input_ids[0].astype(np.int64))[None]
-    with torch.inference_mode():
-        expected = (loaded.model(input_ids=ids).logits[0, -1] / 0.7).softmax(dim=0).numpy()
-    deviation = np.sqrt(expected * (1 - expected) / 400)
-    assert (np.abs(drawn - expected) <= 4.5 * deviation + 1e-3).all()
-
-
 def test_scores_are_the_log_probabilities_of_whole_logits(monkeypatch):
     monkeypatch.setattr("diffing.answers._HELD_LOGITS", 2 * VOCAB_SIZE)
     loaded, tokenized = _loaded(tiny_model()), _tokenized()
