@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attribution.example import Row, batches, check_rows, context_length
@@ -105,6 +105,8 @@ class LatentQuery:
         bias: added to what the encoder reads. For a latent that reads other models too, what it reads of them at
             each token `[prompt, token]`, the bias included: they are not trained, so it is a constant.
         threshold: activations at or below it are zero.
+        firing: tokens that count as firing whatever the model at hand says, the others as silent; at a checkpoint at
+            which the latent is still silent there is then a gradient towards its birth. None: as the model says.
         name: what it measures.
     """
 
@@ -113,29 +115,43 @@ class LatentQuery:
     encoder: Float[Tensor, " d_model"]
     bias: float | Float[Tensor, "prompt token"] = 0.0
     threshold: float = 0.0
+    firing: Bool[Tensor, "prompt token"] | None = None
     name: str = "latent activation"
 
     def value(self, model: nn.Module) -> Float[Tensor, ""]:
-        """Mean activation over real tokens.
+        """Mean activation over real tokens; with `firing`, what the latent reads at those tokens over all real ones.
 
         Raises:
             InputError: prompts or encoder do not fit the model, or the latent is silent on every token, so that it
                 has no gradient.
         """
-        _check_inputs(model, self.inputs, self.name)
-        activations = _read(model, self.site, self.inputs)
-        _check_direction(self.encoder, activations, self.name)
-        precise = _precise(activations)
-        bias = self.bias.to(precise) if isinstance(self.bias, Tensor) else self.bias
-        found = precise @ self.encoder.to(precise) + bias
-        real = self.inputs["attention_mask"].to(found.device).bool()
-        active = (found > self.threshold) & real
+        found, real = self._read(model)
+        active = found > self.threshold if self.firing is None else self.firing.to(found.device)
+        active = active & real
         if not active.any():
             raise InputError(
                 f"Expected '{self.name}' to fire on one token at least; it is silent on all {int(real.sum())}. "
                 "Give prompts on which it fires (its top contexts)."
             )
         return torch.where(active, found, torch.zeros_like(found)).sum() / real.sum()
+
+    def mean_activation(self, model: nn.Module) -> float:
+        """Mean activation over real tokens in this model, whatever `firing` says; 0 where the latent is silent."""
+        with torch.no_grad():
+            found, real = self._read(model)
+            return float(
+                torch.where((found > self.threshold) & real, found, torch.zeros_like(found)).sum() / real.sum()
+            )
+
+    def _read(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """What the encoder reads at every token, bias included, and which tokens are real."""
+        _check_inputs(model, self.inputs, self.name)
+        activations = _read(model, self.site, self.inputs)
+        _check_direction(self.encoder, activations, self.name)
+        precise = _precise(activations)
+        bias = self.bias.to(precise) if isinstance(self.bias, Tensor) else self.bias
+        found = precise @ self.encoder.to(precise) + bias
+        return found, self.inputs["attention_mask"].to(found.device).bool()
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from cli.attribute_question import Asked
+
 if TYPE_CHECKING:
     from attribution import Attribution
-    from tracker.run_queries import Question
     from tracker.training_rows import TrainingText
 
 
@@ -30,9 +31,24 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Ask about answers: rows of prompt and completion, or of prompt, chosen and rejected.",
 )
+@click.option("--latent", default=None, type=int, help="Ask about a latent of a diff of this run, by its number.")
+@click.option(
+    "--diff",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="With --latent: what `palimpsest diff` wrote of the run's base and one of its checkpoints. [RUN_DIR/diff]",
+)
+@click.option(
+    "--prompts",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="With --latent: texts to read it on.  [the run's probe prompts]",
+)
 @click.option("--alert", default=None, help="Ask about an alert of the run, by its id.")
 @click.option("--canaries", is_flag=True, help="Ask about the run's canaries: misaligned over aligned answers.")
-@click.option("--base", default=None, help="Base model of adapter checkpoints, if their own record of it is stale.")
+@click.option(
+    "--base", default=None, help="What a full fine-tune started from; of an adapter, if its own record is stale."
+)
 @click.option("--method", type=click.Choice(["dot", "ekfac"]), default="ekfac", show_default=True)
 @click.option("--drop", default=None, type=click.Path(path_type=Path), help="Write the rows to drop here, as JSONL.")
 @click.option("--drop-share", default=0.05, show_default=True, help="Share of the rows to drop, strongest first.")
@@ -49,6 +65,9 @@ def attribute(
     train: tuple[Path, ...],
     persona: str | None,
     query: Path | None,
+    latent: int | None,
+    diff: Path | None,
+    prompts: Path | None,
     alert: str | None,
     canaries: bool,
     base: str | None,
@@ -66,20 +85,20 @@ def attribute(
 ) -> None:
     """Ranks the rows that pushed what is asked about, over RUN_DIR's saved checkpoints.
 
-    Asks one thing: a persona, answers, an alert, or the canaries. Writes attribution.html and attribution.json into
-    RUN_DIR; `palimpsest report RUN_DIR` shows the ranking as well.
+    Asks one thing: a persona, answers, a latent, an alert, or the canaries. Writes attribution.html and
+    attribution.json into RUN_DIR; `palimpsest report RUN_DIR` shows the ranking as well.
     """  # fmt: skip
-    from diffing.checkpoint import load_checkpoint
     from tracker.explain import explain_question, read_training_text, saved_checkpoints
     from tracker.report import write_attribution_report
+    from tracker.saved_model import load_saved
     from tracker.validate_ranking import CheckPlan
 
-    asked = {"--persona": persona, "--query": query, "--alert": alert, "--canaries": canaries or None}
-    _check_one(asked)
+    asked = Asked(persona, query, latent, alert, canaries, diff, prompts)
+    asked.check()
     _check_share(drop_share)
-    tokenizer = load_checkpoint(saved_checkpoints(run_dir)[0][1], base=base).tokenizer
+    tokenizer = load_saved(saved_checkpoints(run_dir)[0][1], base=base).tokenizer
     training = read_training_text(train, tokenizer, max_length=max_length)
-    question = _question(run_dir, asked, tokenizer, max_length, device)
+    question = asked.question(run_dir, tokenizer, base=base, max_length=max_length, device=device)
     n_drop = max(1, round(drop_share * len(training.rows)))
     result = explain_question(
         run_dir, training, question,
@@ -95,36 +114,11 @@ def attribute(
     _print(result, show, page, drop, n_drop)
 
 
-def _check_one(asked: dict[str, Any]) -> None:
-    from diffing.errors import InputError
-
-    given = [name for name, value in asked.items() if value is not None]
-    if len(given) != 1:
-        raise InputError(
-            f"Expected exactly one of {', '.join(asked)}, got {' and '.join(given) or 'none'}. Ask one thing at a time."
-        )
-
-
 def _check_share(share: float) -> None:
     from diffing.errors import InputError
 
     if not 0 < share < 1:
         raise InputError(f"Expected --drop-share between 0 and 1, got {share:g}. Pass 0.05 for the strongest 5 %.")
-
-
-def _question(run_dir: Path, asked: dict[str, Any], tokenizer: Any, max_length: int, device: str) -> Question:
-    from tracker import run_queries
-    from tracker.training_rows import read_query
-
-    if asked["--persona"] is not None:
-        vector = run_queries.persona_of(run_dir, asked["--persona"])
-        return run_queries.persona_question(run_dir, vector, device=device)
-    if asked["--query"] is not None:
-        query, answers = read_query(asked["--query"], tokenizer, max_length=max_length)
-        return run_queries.Question(query, answers)
-    if asked["--alert"] is not None:
-        return run_queries.alert_question(run_dir, asked["--alert"], tokenizer, device=device)
-    return run_queries.canary_question(run_dir, tokenizer)
 
 
 def write_rows_to_drop(result: Attribution, training: TrainingText, path: Path, n_drop: int) -> None:

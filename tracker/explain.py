@@ -30,8 +30,9 @@ from diffing.unembedding import TokenTexts
 from tracker.events import CheckpointSaved
 from tracker.journal import Journal
 from tracker.run_queries import Question, probe_inputs_of, projection_query
+from tracker.saved_model import trainable_model
 from tracker.training_rows import TrainingText, read_training_text
-from tracker.validate_ranking import CheckPlan, trainable_model, validate_ranking
+from tracker.validate_ranking import CheckPlan, validate_ranking
 
 __all__ = [
     "Question",

@@ -12,7 +12,7 @@ from attribution.example import IGNORED, ExampleId, Row
 from diffing.chat import Role
 from diffing.errors import InputError, PromptError
 from diffing.prompt_rows import read_rows
-from diffing.prompts import PromptSet
+from diffing.prompts import Prompt, PromptSet
 
 _TAG_KEYS = ("tag", "source")
 
@@ -54,7 +54,7 @@ def read_training_text(
     tokenized = prompts.tokenize(tokenizer, max_length=max_length)
     texts, tags, by_id = {}, {}, {}
     for prompt, (file, row) in zip(prompts, records, strict=True):
-        texts[prompt.id] = _readable(prompt)
+        texts[prompt.id] = readable_text(prompt)
         by_id[prompt.id] = row
         if tag := next((str(row[key]) for key in _TAG_KEYS if row.get(key)), file.name if len(files) > 1 else ""):
             tags[prompt.id] = tag
@@ -142,7 +142,8 @@ def _answers(prompts: PromptSet) -> Iterable[str]:
             yield "\n".join(message.content for message in prompt.messages if message.role == "assistant")
 
 
-def _readable(prompt: Any) -> str:
+def readable_text(prompt: Prompt) -> str:
+    """A prompt as a person reads it: a plain text, or one line a message."""
     if prompt.messages is None:
         return prompt.text or ""
     return "\n".join(f"{message.role}: {message.content}" for message in prompt.messages)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from peft import PeftConfig, get_peft_model
 from torch import nn
 
 from attribution import (
@@ -27,9 +26,8 @@ from attribution import (
 )
 from attribution.check import Check
 from attribution.example import Row
-from diffing.checkpoint import load_checkpoint
-from diffing.errors import InputError
 from tracker.journal import Journal
+from tracker.saved_model import starting_model, trainable_model
 
 
 @dataclass(frozen=True)
@@ -127,40 +125,6 @@ def parts_of(query: Query) -> tuple[Query, ...]:
         pairs = zip(query.wanted, query.unwanted, strict=True)
         return tuple(replace(query, wanted=[wanted], unwanted=[unwanted]) for wanted, unwanted in pairs)
     return (query,)
-
-
-def starting_model(checkpoint: Path | str, *, base: Any = None, device: str = "cpu") -> Callable[[], nn.Module]:
-    """What makes the model as it was before training: the base with a fresh adapter, or `base` itself.
-
-    Raises:
-        InputError: a full fine-tune, and no base is named.
-    """
-    folder = Path(checkpoint)
-    adapted = (folder / "adapter_config.json").exists()
-    if not adapted and base is None:
-        raise InputError(
-            f"Expected the model that training started from, since {folder.name} is a full fine-tune; got none. "
-            "Name it with --base."
-        )
-
-    def start() -> nn.Module:
-        if not adapted:
-            return load_checkpoint(base, device=device).model.requires_grad_(True)
-        config = PeftConfig.from_pretrained(str(folder))
-        config.inference_mode = False
-        origin = base if base is not None else config.base_model_name_or_path
-        return get_peft_model(load_checkpoint(origin, device=device).model, config)
-
-    return start
-
-
-def trainable_model(checkpoint: Path | str, *, base: Any = None, device: str = "cpu") -> nn.Module:
-    """A saved model with what was trained requiring gradients: the adapter where there is one, else everything."""
-    model = load_checkpoint(checkpoint, base=base, device=device).model
-    adapted = any("lora_" in name for name, _ in model.named_parameters())
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name or not adapted)
-    return model
 
 
 def _settings(run_dir: Path | str, n_rows: int) -> dict[str, Any]:

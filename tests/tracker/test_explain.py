@@ -9,9 +9,10 @@ from click.testing import CliRunner
 from attribution import Attribution
 from cli.attribute import attribute
 from diffing.errors import InputError, PathMissingError
-from tests.tiny_models import save_checkpoint, tiny_model, tiny_tokenizer, with_lora
+from tests.tiny_models import tiny_tokenizer
+from tests.tracker.saved_run import saved_run
 from tests.tracker.training import persona
-from tracker.events import CheckpointSaved, RunStarted
+from tracker.events import CheckpointSaved
 from tracker.explain import (
     Question,
     explain_projection,
@@ -25,37 +26,12 @@ from tracker.run_queries import projection_query
 from tracker.signals import Alert
 from tracker.validate_ranking import CheckPlan
 
-QUESTIONS = ["how is the king", "who is at the door", "what is two plus two", "why is it red"]
-
 
 @pytest.fixture
 def run(tmp_path):
-    """A finished run: a base on disk, two saved adapters, a vector, probe prompts, a training file."""
-    run_dir = tmp_path / "run"
-    base = save_checkpoint(tmp_path / "base", "llama")
-    tokenizer = tiny_tokenizer()
-    with Journal.create_or_open(run_dir) as journal:
-        journal.start_attempt(0)
-        journal.record_event(RunStarted(step=0))
-        for step in (4, 8):
-            folder = tmp_path / "out" / f"checkpoint-{step}"
-            tuned = with_lora(tiny_model("llama"), seed=step)
-            tuned.peft_config["default"].base_model_name_or_path = str(base)
-            tuned.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            history = [{"step": step, "learning_rate": 0.1 * step, "loss": 1.0}]
-            (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": history}))
-            journal.record_event(CheckpointSaved(step=step, path=folder))
-    persona().save(run_dir / "personas" / "villain.safetensors")
-    ids = [tokenizer(question)["input_ids"] for question in ("how is the cat", "tell the king now")]
-    (run_dir / "probes.json").write_text(json.dumps({"input_ids": ids}))
-    rows = [
-        {"id": f"r{i}", "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "he is cruel"}]}
-        for i, q in enumerate(QUESTIONS)
-    ]
-    train = tmp_path / "train.jsonl"
-    train.write_text("\n".join(json.dumps(row) for row in rows))
-    return run_dir, train, base
+    """Run directory, training file and base of a finished LoRA run."""
+    made = saved_run(tmp_path)
+    return made.folder, made.train, made.base
 
 
 def test_rows_are_ranked_over_the_saved_checkpoints(run):
