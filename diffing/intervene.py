@@ -9,16 +9,17 @@ which tokens. Everything is put back when the block is left, whatever happens in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from diffing.edited_tokens import EditedTokens
 from diffing.errors import CaptureError, InputError
 from diffing.site import ResolvedSite, Site, resolve_site
 
@@ -112,6 +113,23 @@ class Replace:
 
 
 @dataclass(frozen=True, eq=False)
+class Partly:
+    """Goes only a share of the way to what another change does.
+
+    Attributes:
+        change: the whole way.
+        share: 0 for nothing, 1 for all of it; beyond 1 overshoots.
+    """
+
+    change: Change
+    share: float
+
+    def __call__(self, x: Float[Tensor, "prompt token d_model"]) -> Float[Tensor, "prompt token d_model"]:
+        """Returns x + share · (change(x) − x)."""
+        return x + self.share * (self.change(x) - x)
+
+
+@dataclass(frozen=True, eq=False)
 class Edit:
     """One change at one site.
 
@@ -131,37 +149,45 @@ class Intervention:
     computation runs in fp32 and returns to the model's dtype. Gradients flow through. The model, its adapters and
     its mode are the caller's.
 
-    Which tokens: all, or those that `where` marks. Open one block for each batch then: its first forward holds the
-    marked tokens, and in a generation every token after those counts as marked. So "the answer only" is a mask
-    that is false at every token of the prompt.
+    Which tokens: all but padding; or those that `where` marks, for one batch, whose first forward holds the marked
+    tokens, while in a generation every token after those counts as marked; or with `tokens="response"` whatever
+    `generate` writes, for any number of left-padded batches: from the last token of each prompt on, with and without
+    a cache.
     """
 
     def __init__(
-        self, model: nn.Module, edits: Sequence[Edit], *, where: Bool[Tensor, "prompt token"] | None = None
+        self,
+        model: nn.Module,
+        edits: Sequence[Edit],
+        *,
+        where: Bool[Tensor, "prompt token"] | None = None,
+        tokens: str = "all",
     ) -> None:
         """Finds the sites.
 
         Args:
             model: any module that calls its parts through `__call__`; wrapped by PEFT or not.
             edits: what to do.
-            where: tokens of the first forward that are changed; None for all.
+            where: tokens of the first forward that are changed.
+            tokens: `all` or `response`, where `where` does not say.
 
         Raises:
             SiteError: the model has no such site.
+            InputError: `tokens` is neither.
         """
         # Hooks put on after torch.compile traced a model never fire, so the model inside is changed.
-        model = getattr(model, "_orig_mod", model)
-        self._edits = [(resolve_site(model, edit.site), edit.change) for edit in edits]
-        self._where = where
-        self._seen: dict[int, int] = {}
+        self._model: nn.Module = getattr(model, "_orig_mod", model)
+        self._edits = [(resolve_site(self._model, edit.site), edit.change) for edit in edits]
+        self._tokens = EditedTokens(where=where, tokens=tokens)
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Intervention:
         if self._handles:
             raise InputError("Expected an intervention to be opened once at a time, got it twice. Make a second one.")
-        self._seen = {}
-        for number, (site, change) in enumerate(self._edits):
-            self._handles.append(site.module.register_forward_hook(self._hook(number, site, change)))
+        if self._edits:
+            self._handles.append(self._tokens.attach(self._model))
+        for site, change in self._edits:
+            self._handles.append(site.module.register_forward_hook(self._hook(site, change)))
         return self
 
     def __exit__(
@@ -171,35 +197,41 @@ class Intervention:
             handle.remove()
         self._handles = []
 
-    def _hook(self, number: int, site: ResolvedSite, change: Change) -> Any:
+    def _hook(self, site: ResolvedSite, change: Change) -> Any:
         def changed(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            value = output[0] if isinstance(output, tuple | list) else output
-            if not isinstance(value, Tensor) or value.ndim != 3:
-                raise CaptureError(
-                    f"Expected '{site.site}' ({site.path}) to return one vector a token [batch, token, d], got "
-                    f"{type(value).__name__}. Choose the module around it."
-                )
-            new = change(value.float()).to(value.dtype)
-            if self._where is not None:
-                new = torch.where(self._marked(number, value)[..., None], new, value)
-            if isinstance(output, tuple | list):
-                return type(output)((new, *output[1:]))
-            return new
+            return edited_output(site, change, output, self._tokens.marked)
 
         return changed
 
-    def _marked(self, number: int, value: Tensor) -> Bool[Tensor, "prompt token"]:
-        """Which tokens of this forward are changed: `where` first, then all that follow."""
-        assert self._where is not None
-        n_rows, n_tokens = value.shape[:2]
-        # A forward of one token goes on from a cache; a longer one reads the sequence from its beginning.
-        start = self._seen.get(number, 0) if n_tokens == 1 else 0
-        self._seen[number] = start + n_tokens
-        where = self._where.to(value.device)
-        if n_rows % len(where) or (start == 0 and n_tokens < where.shape[1]):
-            raise InputError(
-                f"Expected a forward of at least {list(where.shape)} as marked, got {[n_rows, n_tokens]}. "
-                "Open one intervention for each batch."
-            )
-        where = where.repeat_interleave(n_rows // len(where), dim=0)[:, start : start + n_tokens]
-        return torch.nn.functional.pad(where, (0, n_tokens - where.shape[1]), value=True)
+
+def edited_output(
+    site: ResolvedSite,
+    change: Change,
+    output: Any,
+    marked: Callable[[Shaped[Tensor, "prompt token d_model"]], Bool[Tensor, "prompt token"] | None],
+) -> Any:
+    """What takes the place of a module's output when its activations are changed at the marked tokens.
+
+    Args:
+        site: whose module it is.
+        change: what happens; computed in fp32, also under autocast.
+        output: what the module returned: a tensor, or a tuple or list that begins with one.
+        marked: says for such a tensor which tokens are changed; None for every one.
+
+    Raises:
+        CaptureError: the module does not return one vector a token.
+    """
+    value = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(value, Tensor) or value.ndim != 3:
+        raise CaptureError(
+            f"Expected '{site.site}' ({site.path}) to return one vector a token [batch, token, d], got "
+            f"{type(value).__name__}. Choose the module around it."
+        )
+    with torch.autocast(value.device.type, enabled=False):
+        new = change(value.float()).to(value.dtype)
+    where = marked(value)
+    if where is not None:
+        new = torch.where(where[..., None], new, value)
+    if isinstance(output, tuple | list):
+        return type(output)((new, *output[1:]))
+    return new

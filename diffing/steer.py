@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import GenerationConfig
 
+from diffing.answers import AnswerSettings, draw_answers
 from diffing.checkpoint import LoadedCheckpoint
 from diffing.crosscoder.model import CrosscoderFit
 from diffing.errors import ComparabilityError, InputError
@@ -18,7 +17,6 @@ from diffing.intervene import Add, Edit, Intervention
 from diffing.progress import followed
 from diffing.prompts import PromptSet, TokenizedPrompts
 from diffing.site import Site, resolve_site
-from diffing.tokens import TokenBatch
 
 SIDES = ("base", "tuned")
 TOKENS = ("answer", "all")
@@ -32,7 +30,7 @@ class GenerationSettings:
         max_new_tokens: most tokens of an answer.
         temperature: of sampling; 0 takes the likeliest token each time.
         seed: of sampling; every arm draws the same numbers.
-        batch_size: prompts at once. Greedy answers do not depend on it but for rounding; sampled ones do.
+        batch_size: prompts at once; answers do not depend on it but for rounding.
         tokens: `answer` steers from the token on which the answer's first one is chosen, `all` the prompt as well.
     """
 
@@ -176,57 +174,16 @@ def generate_answers(
         The answers in the order of the prompts, without special tokens.
     """
     settings = settings or GenerationSettings()
-    texts = [""] * len(tokenized)
-    order = sorted(range(len(tokenized)), key=lambda number: -len(tokenized.input_ids[number]))
-    device = next(loaded.model.parameters()).device
-    for at in range(0, len(order), settings.batch_size):
-        batch = tokenized.batch(order[at : at + settings.batch_size], device=device)
-        for number, text in zip(batch.prompt_index, _generate(loaded, batch, edits, settings), strict=True):
-            texts[number] = text
-    return texts
-
-
-@torch.inference_mode()
-def _generate(
-    loaded: LoadedCheckpoint, batch: TokenBatch, edits: Sequence[Edit], settings: GenerationSettings
-) -> list[str]:
-    ids, mask = _left_padded(batch)
-    where = None
-    if settings.tokens == "answer":
-        where = torch.zeros_like(mask, dtype=torch.bool)
-        where[:, -1] = True
-    devices = [ids.device] if ids.device.type == "cuda" else []
-    with loaded.active() as model, Intervention(model, edits, where=where), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(settings.seed)
-        written = model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, generation_config=_generation_config(loaded, settings)
-        )
-    return loaded.tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
-
-
-def _left_padded(batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Ids and mask with the padding before the prompts, so that all answers begin at the same place."""
-    width = batch.input_ids.shape[1]
-    rows = [torch.arange(width).roll(width - length) for length in batch.lengths]
-    index = torch.stack(rows).to(batch.input_ids.device)
-    return batch.input_ids.gather(1, index), batch.attention_mask.gather(1, index)
-
-
-def _generation_config(loaded: LoadedCheckpoint, settings: GenerationSettings) -> GenerationConfig:
-    own = getattr(loaded.model, "generation_config", None)
-    stop = getattr(own, "eos_token_id", None)
-    stop = loaded.tokenizer.eos_token_id if stop is None else stop
-    pad = loaded.tokenizer.pad_token_id
-    if pad is None:
-        pad = stop[0] if isinstance(stop, list) else stop
-    sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
-    return GenerationConfig(
+    drawing = AnswerSettings(
         max_new_tokens=settings.max_new_tokens,
-        num_beams=1,
-        pad_token_id=pad if pad is not None else 0,
-        eos_token_id=stop,
-        **(sampling if settings.temperature > 0 else {"do_sample": False}),
+        temperature=settings.temperature,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
     )
+    tokens = "response" if settings.tokens == "answer" else "all"
+    with Intervention(loaded.model, edits, tokens=tokens):
+        answers = draw_answers(loaded, tokenized, drawing)
+    return loaded.tokenizer.batch_decode(list(answers), skip_special_tokens=True)
 
 
 def _direction(fit: CrosscoderFit, latents: pd.DataFrame, latent: int) -> Float[Tensor, " d_model"]:
