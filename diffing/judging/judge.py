@@ -69,7 +69,8 @@ class Option:
     def __post_init__(self) -> None:
         if (self.value is None) == (self.reason is Reason.SCORED) or not 0 <= (self.value or 0) <= LARGEST:
             raise InputError(
-                f"Expected an option with a value from 0 to 100, or with a reason for having none, got {self!r}."
+                f"Expected an option with a value from 0 to 100, or with a reason for having none, got {self!r}. "
+                "Give one of the two."
             )
 
 
