@@ -9,6 +9,7 @@ same noise, so that equal models give equal answers and close models differ only
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from diffing.answer_noise import gumbel_noise, noise_keys
 from diffing.checkpoint import LoadedCheckpoint
@@ -42,6 +43,8 @@ class AnswerSettings:
         seed: of the noise; the same for both models.
         batch_size: answers at once; answers do not depend on it but for rounding.
         samples: answers to each prompt, each with noise of its own; more than one needs a temperature above 0.
+        until: an answer ends at the first token that contains this text, for models that do not end turns by
+            themselves; empty for none.
     """
 
     max_new_tokens: int = 128
@@ -49,6 +52,7 @@ class AnswerSettings:
     seed: int = 0
     batch_size: int = 16
     samples: int = 1
+    until: str = ""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.batch_size < 1 or not self.temperature >= 0 or self.seed < 0:
@@ -170,7 +174,8 @@ def _drawn_batch(
     settings: AnswerSettings,
     around: Around | None,
 ) -> list[Answer]:
-    stops, pad = _marks(loaded)
+    ends, pad = _marks(loaded)
+    stops = [*ends, *_tokens_with(loaded.tokenizer, settings.until)]
     batch = tokenized.batch([prompt for prompt, _ in pairs], device=next(loaded.model.parameters()).device)
     ids, mask = _left_padded(batch)
     config = GenerationConfig(
@@ -190,7 +195,8 @@ def _drawn_batch(
     for (prompt, sample), row in zip(pairs, written[:, ids.shape[1] :].cpu().numpy(), strict=True):
         ended = np.flatnonzero(np.isin(row, stops))
         kept = row[: int(ended[0]) + 1 if len(ended) else len(row)].astype(np.int64)
-        text = loaded.tokenizer.decode(kept, skip_special_tokens=True)
+        said = kept[:-1] if len(ended) else kept
+        text = loaded.tokenizer.decode(said, skip_special_tokens=True)
         answers.append(Answer(prompt, sample, kept, bool(len(ended)), str(text)))
     return answers
 
@@ -264,6 +270,15 @@ def _marks(loaded: LoadedCheckpoint) -> tuple[list[int], int]:
     stops = [] if found is None else [int(token) for token in (found if isinstance(found, list) else [found])]
     pad = loaded.tokenizer.pad_token_id
     return stops, int(pad) if pad is not None else (stops[0] if stops else 0)
+
+
+@functools.lru_cache(maxsize=4)
+def _tokens_with(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Every token whose own text contains `text`."""
+    if not text:
+        return ()
+    decoded = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return tuple(token for token, piece in enumerate(decoded) if text in piece)
 
 
 def _left_padded(batch: TokenBatch) -> tuple[Tensor, Tensor]:

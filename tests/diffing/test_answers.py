@@ -109,6 +109,18 @@ def test_a_change_of_the_model_changes_its_answers_and_is_gone_afterwards() -> N
     assert [a.text for a in answer_prompts(loaded, PROMPTS, settings)] == before
 
 
+def test_an_answer_ends_where_a_text_begins_that_it_must_not_hold() -> None:
+    loaded, settings = loaded_tiny(), _changed(max_new_tokens=40, samples=1)
+    free = answer_prompts(loaded, PROMPTS, settings)
+    word = free[0].text.split()[3]
+    cut = answer_prompts(loaded, PROMPTS, _changed(max_new_tokens=40, samples=1, until=word))
+    for answer, held in zip(free, cut, strict=True):
+        words = answer.text.split()
+        at = next((n for n, token in enumerate(words) if word in token), None)
+        assert held.text.split() == words[:at]
+        assert held.finished or at is None
+
+
 def test_several_likeliest_answers_and_cut_prompts_are_refused() -> None:
     with pytest.raises(InputError, match="temperature above 0, got 2 at 0"):
         AnswerSettings(samples=2)
