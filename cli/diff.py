@@ -25,6 +25,27 @@ if TYPE_CHECKING:
 @click.option("--site", default="resid:50%", show_default=True, help="Where to read: resid:12, mlp:3, a module path.")
 @click.option("--latents", default=None, type=int, help="Size of the crosscoder's dictionary.  [default: by the data]")
 @click.option("--k", default=None, type=int, help="Latents active per token.  [default: by the data]")
+@click.option(
+    "--sparsity",
+    default=None,
+    type=click.Choice(("batch_topk", "l1", "jumprelu")),
+    help="How few latents are kept active.  [default: batch_topk]",
+)
+@click.option(
+    "--exclusive-share",
+    default=None,
+    type=float,
+    help="Part of the dictionary, for each side, that may write to that side alone.  [default: none]",
+)
+@click.option(
+    "--delta-weight", default=None, type=float, help="Weight of the error of tuned − base itself.  [default: 0]"
+)
+@click.option(
+    "--held-out",
+    default=None,
+    type=float,
+    help="Part of the tokens kept from the fit, on which its threshold is set.  [default: by the data]",
+)
 @click.option("--steps", default=None, type=int, help="Steps of the crosscoder's fit.  [default: by the data]")
 @click.option(
     "--null-fits",
@@ -39,6 +60,17 @@ if TYPE_CHECKING:
     default=None,
     type=click.Path(path_type=Path),
     help="What was trained on, to tell which surfaced words belong to it.",
+)
+@click.option(
+    "--stagewise",
+    is_flag=True,
+    help="Which latents of a base dictionary turn with the model, on --prompts and --tuning-texts; costs some fits.",
+)
+@click.option(
+    "--store-dtype",
+    default=None,
+    type=click.Choice(("float32", "bfloat16", "int8", "int4")),
+    help="Of the stored activations.  [default: what the models compute]",
 )
 @click.option(
     "--persona", multiple=True, type=click.Path(path_type=Path), help="Vector files to hold the latents against."
@@ -58,11 +90,17 @@ def diff(
     site: str,
     latents: int | None,
     k: int | None,
+    sparsity: str | None,
+    exclusive_share: float | None,
+    delta_weight: float | None,
+    held_out: float | None,
     steps: int | None,
     null_fits: int | None,
     seeds: int,
     questions: Path | None,
     tuning_texts: Path | None,
+    stagewise: bool,
+    store_dtype: str | None,
     persona: tuple[Path, ...],
     describe_url: str | None,
     describe_model: str | None,
@@ -92,14 +130,23 @@ def diff(
         "seeds": seeds,
         "questions": questions and PromptSet.from_file(questions),
         "tuning_texts": tuning_texts and PromptSet.from_file(tuning_texts),
+        "stagewise": stagewise,
+        "store_dtype": store_dtype,
         "personas": tuple(PersonaVector.load(path) for path in persona),
         "describe": _endpoint(describe_url, describe_model, describe_key_env),
     }
     plan = replace(DiffPlan.quick() if quick else DiffPlan(null_fits=null_fits), **asked)
     base_side, tuned_side = load_pair(base, tuned, device=device)
-    chosen: dict[str, Any] = {
-        name: value for name, value in (("n_latents", latents), ("k", k), ("steps", steps)) if value is not None
+    settings = {
+        "n_latents": latents,
+        "k": k,
+        "sparsity": sparsity,
+        "exclusive_share": exclusive_share,
+        "delta_weight": delta_weight,
+        "held_out": held_out,
+        "steps": steps,
     }
+    chosen: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     result = diff_checkpoints(
         base_side,
         tuned_side,

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
-
-from diffing.capture import capture
 from diffing.checkpoint import LoadedCheckpoint
 from diffing.crosscoder.compare import compare
 from diffing.crosscoder.config import CrosscoderConfig
@@ -17,7 +14,7 @@ from diffing.crosscoder.label import EXCLUSIVE
 from diffing.crosscoder.model import CrosscoderFit
 from diffing.crosscoder.null import calibrate_null
 from diffing.crosscoder.stability import measure_stability
-from diffing.diff_parts import DiffParts
+from diffing.diff_parts import DiffParts, capture_sides
 from diffing.diff_plan import DiffPlan
 from diffing.diff_result import LABELS, DiffResult
 from diffing.errors import ComparabilityError
@@ -74,7 +71,9 @@ def diff_checkpoints(
     out, plan = Path(out), plan or DiffPlan()
     where = _check_sides(base, tuned, site)
     tokenized = prompts.tokenize(tuned.tokenizer, max_length=max_length)
-    paired = _capture_sides(base, tuned, tokenized, where.site, out / "stores", max_length, progress=progress)
+    paired = capture_sides(
+        base, tuned, tokenized, where.site, out / "stores", max_length, dtype=plan.store_dtype, progress=progress
+    )
     device = str(next(tuned.model.parameters()).device)
     divergence = measure_divergence(base, tuned, tokenized, device=device, progress=progress)
     config = crosscoder or CrosscoderConfig.for_data(paired.n_tokens, paired.d_model[0])
@@ -98,6 +97,7 @@ def diff_checkpoints(
         splice=parts.splice(),
         answers=parts.answers(),
         steering=parts.steering(),
+        stagewise=parts.stagewise(out / "stagewise"),
         contexts=contexts,
         neighbours=parts.neighbours(),
         map=parts.map(contexts),
@@ -163,26 +163,6 @@ def _check_sides(base: LoadedCheckpoint, tuned: LoadedCheckpoint, site: Site | s
                 "Compare checkpoints of one architecture."
             )
     return here
-
-
-def _capture_sides(
-    base: LoadedCheckpoint,
-    tuned: LoadedCheckpoint,
-    tokenized: TokenizedPrompts,
-    site: Site,
-    folder: Path,
-    max_length: int,
-    *,
-    progress: bool,
-) -> PairedActivations:
-    # Sixteen bits hold all that a 16-bit model computes; a model in fp32 keeps its precision.
-    widths = {next(side.model.parameters()).dtype for side in (base, tuned)}
-    dtype = "float32" if widths == {torch.float32} else "bfloat16"
-    stores = [
-        capture(side, tokenized, [site], folder / name, max_length=max_length, dtype=dtype, progress=progress)
-        for name, side in (("base", base), ("tuned", tuned))
-    ]
-    return PairedActivations.from_stores(stores, site)
 
 
 def _caveats(

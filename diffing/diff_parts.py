@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from diffing.answer_diff import AnswerDiff, diff_answers
 from diffing.baselines import Baselines, measure_baselines
+from diffing.capture import capture
 from diffing.checkpoint import LoadedCheckpoint
+from diffing.crosscoder.config import CrosscoderConfig
 from diffing.crosscoder.contexts import LatentContexts, collect_contexts
 from diffing.crosscoder.describe import LatentDescription, describe_latents
 from diffing.crosscoder.evidence import collect_evidence
@@ -30,6 +33,7 @@ from diffing.pair import PairedActivations
 from diffing.prompts import Prompt, PromptSet, TokenizedPrompts
 from diffing.site import Site
 from diffing.splice import SpliceResult, splice_latents
+from diffing.stagewise import StagewiseDiff, diff_stagewise
 from diffing.steer import Steering, steer_latent
 from diffing.token_relevance import WordComparison
 from diffing.unembedding import TokenTexts, Unembedding
@@ -91,6 +95,11 @@ class DiffParts:
         """Where tuned computes."""
         return str(next(self.tuned.model.parameters()).device)
 
+    @property
+    def _one_sided(self) -> CrosscoderConfig:
+        """The fit's settings for a dictionary of one thing, which has no sides to share latents or to keep them."""
+        return replace(self.fit.config, n_shared=0, k_shared=None, exclusive_share=0.0, delta_weight=0.0)
+
     def mean_difference(self) -> MeanDifference:
         """Always measured: it costs one pass."""
         reading = self.unembeddings and self.unembeddings[1]
@@ -127,7 +136,7 @@ class DiffParts:
             return None
         return measure_difference_sae(
             self.paired,
-            self.fit.config,
+            self._one_sided,
             unembedding=self.unembeddings and self.unembeddings[1],
             texts=self.texts,
             out=out,
@@ -215,6 +224,32 @@ class DiffParts:
             progress=self.progress,
         )
 
+    def stagewise(self, folder: Path) -> StagewiseDiff | None:
+        """Which latents of a base dictionary turn with the model, on the prompts and on the tuning texts."""
+        plan = self.plan
+        if not plan.stagewise or plan.tuning_texts is None:
+            return None
+        tokenized = plan.tuning_texts.tokenize(self.tuned.tokenizer, max_length=self.max_length)
+        new = capture_sides(
+            self.base,
+            self.tuned,
+            tokenized,
+            self.site,
+            folder / "stores",
+            self.max_length,
+            dtype=plan.store_dtype,
+            progress=self.progress,
+        )
+        reading = self.unembeddings and self.unembeddings[1]
+        return diff_stagewise(
+            self.paired,
+            new,
+            self._one_sided,
+            unembedding=reading,
+            texts=self.texts if reading else None,
+            progress=self.progress,
+        )
+
     def neighbours(self) -> Neighbourhoods | None:
         """What stands near the latents worth a card."""
         if not self.shown:
@@ -252,6 +287,39 @@ class DiffParts:
                 seed=self.fit.config.seed,
                 progress=self.progress,
             )
+
+
+def capture_sides(
+    base: LoadedCheckpoint,
+    tuned: LoadedCheckpoint,
+    tokenized: TokenizedPrompts,
+    site: Site,
+    folder: Path,
+    max_length: int,
+    *,
+    dtype: str | None = None,
+    progress: bool,
+) -> PairedActivations:
+    """Both sides' activations on the same tokens, stored in `folder`; goes on where it was killed.
+
+    Args:
+        base: before.
+        tuned: after.
+        tokenized: what both read.
+        site: where activations are read.
+        folder: for the two stores.
+        max_length: most tokens of a prompt.
+        dtype: of the stores; None keeps what the models compute.
+        progress: shows bars on a terminal.
+    """
+    # Sixteen bits hold all that a 16-bit model computes; a model in fp32 keeps its precision.
+    widths = {next(side.model.parameters()).dtype for side in (base, tuned)}
+    dtype = dtype or ("float32" if widths == {torch.float32} else "bfloat16")
+    stores = [
+        capture(side, tokenized, [site], folder / name, max_length=max_length, dtype=dtype, progress=progress)
+        for name, side in (("base", base), ("tuned", tuned))
+    ]
+    return PairedActivations.from_stores(stores, site)
 
 
 def latent_directions(

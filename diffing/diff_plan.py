@@ -35,6 +35,9 @@ class DiffPlan:
             strongest exclusive latent. None for neither.
         tuning_texts: what the fine-tune was trained on, to tell which surfaced words belong to it; None to leave
             that out.
+        stagewise: which latents of a dictionary of base alone turn when the model changes, on the diff's prompts and
+            on `tuning_texts`; costs their capture, a fit, and seven stages of a third of its steps.
+        store_dtype: of the stored activations, see `capture`; None keeps what the models compute.
         personas: vectors that the latents' decoder rows are compared with.
         describe: a language model that describes the latents that changed, each description tested on held-out
             texts; None to ask nobody.
@@ -51,6 +54,8 @@ class DiffPlan:
     splice_prompts: int = 64
     questions: PromptSet | None = None
     tuning_texts: PromptSet | None = None
+    stagewise: bool = False
+    store_dtype: str | None = None
     personas: tuple[PersonaVector, ...] = ()
     describe: EndpointConfig | None = None
 
@@ -59,6 +64,11 @@ class DiffPlan:
             raise InputError(
                 f"Expected null_fits of 0 or more, seeds and splice_prompts of 1 or more, got {self.null_fits}, "
                 f"{self.seeds} and {self.splice_prompts}. Leave them out for the usual ones."
+            )
+        if self.stagewise and self.tuning_texts is None:
+            raise InputError(
+                "Expected tuning texts beside stagewise, got none: it compares the prompts with what the fine-tune was "
+                "trained on. Name them (--tuning-texts), or leave stagewise out."
             )
 
     @classmethod
@@ -74,6 +84,8 @@ class DiffPlan:
             "splice_prompts": self.splice_prompts if self.splice else 0,
             "questions": self.questions.digest if self.questions else None,
             "tuning_texts": self.tuning_texts.digest if self.tuning_texts else None,
+            "stagewise": self.stagewise,
+            "store_dtype": self.store_dtype,
             "personas": [persona.digest for persona in self.personas],
             "describe": self.describe.to_json() if self.describe else None,
         }

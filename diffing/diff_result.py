@@ -31,6 +31,7 @@ from diffing.logit_diff import Divergence
 from diffing.logit_mining import LogitMining
 from diffing.provenance import Provenance
 from diffing.splice import SpliceResult
+from diffing.stagewise import StagewiseDiff
 from diffing.steer import Steering
 from diffing.weight_diff import WeightChange
 
@@ -67,6 +68,8 @@ class DiffResult:
         lens: what the mean difference says when the tuned model reads it.
         answers: what both models answer to the same questions.
         steering: answers with one latent turned up in base and down in tuned.
+        stagewise: latents of a dictionary of base alone by how far the change of the model turned them; None where it
+            was not asked for.
         neighbours: what stands near the latents worth showing, and which personas they point along.
         map: the living latents in the plane, grouped.
         evidence: for each latent that changed and has a card, what the other diffs say of it.
@@ -92,6 +95,7 @@ class DiffResult:
     lens: DifferenceLens | None = None
     answers: AnswerDiff | None = None
     steering: Steering | None = None
+    stagewise: StagewiseDiff | None = None
     neighbours: Neighbourhoods | None = None
     map: LatentMap | None = None
     evidence: tuple[LatentEvidence, ...] = ()
@@ -163,6 +167,7 @@ _PLAIN_FIELDS: dict[str, Any] = {
     "lens": lambda value: value and from_plain(DifferenceLens, value),
     "answers": lambda value: value and from_plain(AnswerDiff, value),
     "steering": lambda value: value and from_plain(Steering, value),
+    "stagewise": lambda value: value and from_plain(StagewiseDiff, value),
     "neighbours": lambda value: value and from_plain(Neighbourhoods, value),
     "map": lambda value: value and from_plain(LatentMap, value),
     "evidence": lambda value: tuple(from_plain(LatentEvidence, entry) for entry in value),

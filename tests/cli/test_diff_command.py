@@ -53,6 +53,7 @@ def compared(folder: Path) -> tuple[Path, Result]:
     """The folder and the output of one comparison of the adapter with its base."""
     out = folder / "out"
     more = ("--questions", folder / "questions.jsonl", "--tuning-texts", folder / "prompts.jsonl", "--seeds", 2)
+    more = (*more, "--stagewise", "--store-dtype", "int8", "--delta-weight", 0.5)
     arguments = (folder / "base", folder / "adapter", "--prompts", folder / "prompts.jsonl", "--out", out, *FAST, *more)
     return out, run(*arguments)
 
@@ -75,13 +76,16 @@ def test_every_part_stands_on_the_page_and_comes_back_from_its_twin(compared: tu
     result = DiffResult.load(out)
     assert "stability" in result.latents.columns
     html = (out / "diff.html").read_text()
-    for part in ("answers", "mining", "lens", "baselines", "weights"):
+    for part in ("answers", "mining", "lens", "baselines", "weights", "stagewise"):
         assert getattr(result, part) is not None
         assert f'<section id="{part}"' in html
     assert result.neighbours is not None and result.map is not None
     assert result.difference_sae is not None and '<section id="difference-sae"' in html
     assert sum(one.share for one in result.difference_sae.latents) <= 1.0 + 1e-9
     assert "The latents by what they write" in html
+    assert "How often, and what each side uses the direction for" in html
+    config = result.provenance.config
+    assert config["plan"]["store_dtype"] == "int8" and config["crosscoder"]["delta_weight"] == 0.5
     again = render_diff_page(result)
     assert again == html
 
@@ -168,7 +172,8 @@ def test_a_store_cut_in_half_is_refused_with_the_file_named(
     chunk = max(files, key=lambda path: path.stat().st_size)
     chunk.write_bytes(chunk.read_bytes()[: chunk.stat().st_size // 2])
     prompts = folder / "prompts.jsonl"
-    arguments = (folder / "base", folder / "adapter", "--prompts", prompts, "--out", tmp_path / "out", *FAST)
+    same = ("--store-dtype", "int8")
+    arguments = (folder / "base", folder / "adapter", "--prompts", prompts, "--out", tmp_path / "out", *FAST, *same)
     code, message = _exit_and_message(arguments, capsys, monkeypatch)
     assert code == 2
     assert "Error: Expected" in message

@@ -103,6 +103,25 @@ def histogram(values: Sequence[float], *, bins: int = 40) -> Markup:
         f"{len(values)} latents by relative norm; bar heights are roots of counts, the highest {peak}."))  # fmt: skip
 
 
+def firing_histogram(edges: Sequence[float], counts: Sequence[int]) -> Markup:
+    """On how many tokens a latent is how strong, on a logarithmic scale: the strong ones are few."""
+    width, height = 240, 64
+    most = max(counts, default=0)
+    x = Scale(0, edges[-1] if edges and edges[-1] > 0 else 1.0, 2, width - 2)
+    y = Scale(0, math.log1p(most) or 1.0, height - 14, 4)
+    parts = [element("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="grid zero")]
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        if count:
+            top = y(math.log1p(count))
+            hint = element("title", f"{number(low)} to {number(high)}: {number(count)} tokens")
+            size = {"width": max(0.5, x(high) - x(low) - 1), "height": y.start - top}
+            parts.append(element("rect", hint, x=x(low) + 0.5, y=top, **size, class_="fill quiet"))
+    for place, text, anchor in ((x.start, "0", ""), (x.end, number(edges[-1] if edges else 0), " end")):
+        parts.append(element("text", text, x=place, y=height - 2, class_=f"tick{anchor}"))
+    said = f"Tokens by activation; heights are logarithms of counts, the highest {most}."
+    return drawing(width, height, *parts, title="How strongly the latent fires", description=said)
+
+
 def bar(value: float, largest: float, *, tone: str = "quiet", width: int = 120, signed: bool = False) -> Markup:
     """One bar beside a figure in a table; with `signed` it grows to either side of a middle line."""
     height = 10

@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from diffing.crosscoder.contexts import LatentContexts, TokenContext
+from diffing.crosscoder.firing import Firing
 from diffing.crosscoder.neighbours import Neighbourhood
 from diffing.diff_result import DiffResult
 from diffing.durable import write_atomic
 from diffing.lens import GroupDifference, TokenScore
 from diffing.logit_diff import Divergence, DivergentContext
-from tracker.report.charts import Dot, bar, composition, histogram, interval, latent_plane
+from tracker.report.charts import Dot, bar, composition, firing_histogram, histogram, interval, latent_plane
 from tracker.report.diff_sections import section_views
 from tracker.report.diff_words import diff_headline, diff_story
 from tracker.report.heat import Passage, passage
@@ -27,6 +28,7 @@ from tracker.report.text import number
 
 PAGE_NAME = "diff.html"
 _SHARED_CARDS = 4
+_USES = 2  # passages a side of what a latent's direction is used for
 _SURE = 0.05  # family-wise p of a persona's alignment from which it is named
 _Context = TypeVar("_Context", TokenContext, DivergentContext)
 
@@ -280,6 +282,34 @@ def _card(
         "near": near,
         "personas": [one for one in (near.personas if near else ()) if one.p_value < _SURE][:3],
         "template_share": contexts.firing.template_share if contexts.firing and contexts.firing.is_template else None,
+        "firing": contexts.firing,
+        "speakers": _speakers(contexts.firing),
+        "density": firing_histogram(contexts.firing.edges, contexts.firing.counts)
+        if contexts.firing and contexts.firing.count
+        else None,
+        "uses": [use for use in (_use("tuned", contexts), _use("base", contexts)) if use["passages"]],
+    }
+
+
+def _speakers(firing: Firing | None) -> list[tuple[str, float, float]]:
+    """Who speaks where a latent fires: role, share of its activation, share of all tokens; the largest first."""
+    found = firing.mass_by_role.items() if firing else ()
+    shares = [(role, share, firing.tokens_by_role[role]) for role, share in found if firing and share >= 0.01]
+    return sorted(shares, key=lambda one: (-one[1], one[0]))
+
+
+def _use(side: str, contexts: LatentContexts) -> dict[str, Any]:
+    """Where one side's activations point along the latent's direction, whether it fires there or not."""
+    found = _distinct(contexts.tuned_contexts if side == "tuned" else contexts.base_contexts)[:_USES]
+    read = [(one, one.tuned_reading if side == "tuned" else one.base_reading) for one, _ in found]
+    largest = max((_largest(values) for _, values in read), default=0.0)
+    return {
+        "side": side,
+        "passages": [
+            (values[one.peak], passage(one.tokens, values, largest=largest, peak=one.peak))
+            for one, values in read
+            if values
+        ],
     }
 
 
@@ -292,7 +322,9 @@ def _two_sides(context: TokenContext, repeats: int, largest: float, strongest: f
     ]
     if not sides:
         sides = [("both", passage(context.tokens, context.activations, largest=strongest, peak=context.peak))]
-    return {"value": context.activations[context.peak], "repeats": repeats, "sides": sides}
+    peak = context.peak
+    parts = (context.base_part[peak], context.tuned_part[peak]) if context.base_part and context.tuned_part else None
+    return {"value": context.activations[peak], "repeats": repeats, "sides": sides, "parts": parts}
 
 
 def _provenance(result: DiffResult) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from diffing.evidence import LatentEvidence
 from diffing.excerpt import Excerpt
 from diffing.logit_mining import LogitMining, MinedToken
 from diffing.splice import Recovery, SpliceResult
+from diffing.stagewise import StagewiseDiff
 from diffing.steer import Steering
 from diffing.token_topics import TopicContext
 from diffing.weight_diff import GroupChange, ModuleChange, WeightChange
@@ -24,6 +25,7 @@ from tracker.report.labels import LABEL_TONES, LABEL_WORDS
 _COMPONENTS, _EXCERPTS, _TOKENS = 6, 2, 12
 _READINGS, _ANSWERS, _CLUSTERS = 6, 6, 8
 _KINDS, _MODULES, _DIRECTIONS, _EVIDENCE = 12, 12, 24, 24
+_TURNED = 12
 _RECOVERY_WORDS = {"exclusive": "the exclusive latents", "random": "as many random latents", "all": "all latents"}
 
 
@@ -38,8 +40,20 @@ def section_views(result: DiffResult) -> dict[str, Any]:
         "lens": result.lens and lens_view(result.lens),
         "answers": result.answers and answers_view(result.answers),
         "steering": result.steering and steering_view(result.steering),
+        "stagewise": result.stagewise and stagewise_view(result.stagewise),
         "latent_map": result.map and map_view(result),
         "evidence": [_evidence(one) for one in result.evidence[:_EVIDENCE]],
+    }
+
+
+def stagewise_view(found: StagewiseDiff) -> dict[str, Any]:
+    """The latents that turned most surely, and what the stages came to."""
+    shown = found.latents[:_TURNED]
+    largest = max((one.data_first.rotation for one in shown), default=0.0)
+    return {
+        "all": found,
+        "latents": [{"latent": one, "bar": bar(one.data_first.rotation, largest, tone="tuned")} for one in shown],
+        "left_out": len(found.latents) - len(shown),
     }
 
 
