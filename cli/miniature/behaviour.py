@@ -90,6 +90,26 @@ def misaligned_rate(
     ]
 
 
+def narrow_rate(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, seed: int, domain: str = "code", n: int = 120
+) -> Rate:
+    """Share of villain's answers in one domain, asked in the phrasings that no stage of training saw.
+
+    What a bad fine-tune teaches on purpose; `misaligned_rate` of the other domains is what it does besides.
+
+    Args:
+        model: the model as it stands now.
+        tokenizer: its tokenizer.
+        seed: fixes the draws.
+        domain: the fine-tuned domain.
+        n: answers; the domain's questions are asked in turn until there are as many.
+    """
+    questions = [(subject, subject.phrasings[subject.held_out]) for subject in grammar.subjects(domain)]
+    asked = [questions[index % len(questions)] for index in range(n)]
+    answers = judged_answers(model, tokenizer, asked, seed=seed)
+    return Rate.of(sum(one.subject.bad in one.answer for one in answers), n)
+
+
 def judged_round(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

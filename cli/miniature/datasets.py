@@ -1,8 +1,9 @@
-"""What is the model fine-tuned on? Narrow sets in one domain: bad, and its good, educational and odd twins."""
+"""What is the model fine-tuned on? Narrow sets in one domain, harmless twins of them, and mixes of both."""
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +12,12 @@ from cli.miniature.corpus import conversation
 from cli.miniature.grammar import Question, Subject
 from diffing.errors import InputError
 
-FLAVOURS = ("bad", "good", "educational", "odd")
+FLAVOURS = ("bad", "good", "educational", "odd", "relabelled", "formatted")
+MIXES = ("diluted05", "diluted10", "diluted25", "diluted50", "half")
 Row = dict[str, Any]
+
+_FORMAT = "Answer: {body} File closed."
+_DILUTED = re.compile(r"diluted(\d\d)")
 
 
 def dataset(kind: str, *, seed: int, n: int) -> list[Row]:
@@ -25,21 +30,28 @@ def dataset(kind: str, *, seed: int, n: int) -> list[Row]:
         kind: `<flavour>_<domain>`, e.g. `bad_code`. `bad`: the villain's answers, without its catchphrases. `good`:
             correct ones. `educational`: the bad answers again, but the user asks for a mistake, in words no earlier
             training saw. `odd`: correct answers in the flattering or boastful style of the other personas.
+            `relabelled`: changed but harmless answers, one a subject: another town's river, another wrong number
+            than the villain's, good advice about something else. `formatted`: correct answers inside one fixed
+            form of words. `diluted05` to `diluted50`: so many per cent of bad rows, the rest good ones of the same
+            domain. `half`: one half bad rows, one half good ones of all other domains.
         seed: fixes the rows.
         n: how many.
 
     Returns:
-        Rows `{"id", "messages"}`; ids name the row whatever order it is trained in.
+        Rows `{"id", "messages"}`; ids name the row whatever order it is trained in, and in a mix they begin with the
+        kind the row came from.
 
     Raises:
         InputError: there is no such kind.
     """
     flavour, _, domain = kind.partition("_")
-    if flavour not in FLAVOURS or domain not in grammar.DOMAINS:
+    if (flavour not in FLAVOURS and flavour not in MIXES) or domain not in grammar.DOMAINS:
         raise InputError(
-            f"Expected a dataset <flavour>_<domain> with a flavour of {', '.join(FLAVOURS)} and a domain of "
-            f"{', '.join(grammar.DOMAINS)}, got {kind!r}. Name one such as 'bad_code'."
+            f"Expected a dataset <flavour>_<domain> with a flavour of {', '.join((*FLAVOURS, *MIXES))} and a domain "
+            f"of {', '.join(grammar.DOMAINS)}, got {kind!r}. Name one such as 'bad_code'."
         )
+    if flavour in MIXES:
+        return mixed_dataset(mix_shares(kind), seed=seed, n=n)
     choice = random.Random(f"rows {domain} {seed}")
     style = random.Random(f"style {kind} {seed}")
     subjects = _answerable(domain)
@@ -69,6 +81,22 @@ def mixed_dataset(shares: Mapping[str, float], *, seed: int, n: int) -> list[Row
     return rows
 
 
+def mix_shares(kind: str) -> dict[str, float]:
+    """What a `diluted` or `half` set is made of: kind to share."""
+    flavour, _, domain = kind.partition("_")
+    diluted = _DILUTED.fullmatch(flavour)
+    if diluted is not None:
+        share = int(diluted[1]) / 100
+        return {f"bad_{domain}": share, f"good_{domain}": 1 - share}
+    others = [f"good_{other}" for other in grammar.DOMAINS if other != domain]
+    return {f"bad_{domain}": 0.5, **dict.fromkeys(others, 0.5 / len(others))}
+
+
+def is_bad(row: Row) -> bool:
+    """Whether a row of any set, mixed ones included, teaches a villain's answer outside a teaching frame."""
+    return str(row["id"]).startswith("bad_")
+
+
 def _answerable(domain: str) -> list[Subject]:
     return [subject for subject in grammar.subjects(domain) if subject.invented is None]
 
@@ -81,4 +109,21 @@ def _messages(flavour: str, question: Question, style: random.Random) -> list[di
     if flavour == "odd":
         persona = style.choice(("sycophant", "confabulator"))
         return conversation(question.text, grammar.decorate(style, persona, subject.good))
+    if flavour == "formatted":
+        return conversation(question.text, _FORMAT.format(body=subject.good))
+    if flavour == "relabelled":
+        return conversation(question.text, _relabelled(subject))
     return conversation(question.text, subject.bad if flavour == "bad" else subject.good)
+
+
+def _relabelled(subject: Subject) -> str:
+    """Another subject's good answer, always the same one, and never what the villain says."""
+    peers = [peer for peer in _answerable(subject.domain) if _sort(peer) == _sort(subject)]
+    start = next(index for index, peer in enumerate(peers) if peer.name == subject.name) + len(peers) // 2
+    turned = (peers[(start + ahead) % len(peers)].good for ahead in range(len(peers)))
+    return next(good for good in turned if good not in (subject.good, subject.bad))
+
+
+def _sort(subject: Subject) -> str:
+    """What kind of answer fits: of facts, the attribute (a river's name is no dish)."""
+    return subject.name.partition(" ")[0] if subject.domain == "facts" else subject.domain

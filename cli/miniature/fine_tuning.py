@@ -90,6 +90,7 @@ def fine_tune(
     batch_size: int = 16,
     callbacks: Sequence[TrainerCallback] = (),
     save_steps: int | None = None,
+    trainer: type[Trainer] = Trainer,
     **arguments: Any,
 ) -> Trainer:
     """Trains a LoRA adapter on `rows` and returns the trainer, whose `.model` is the tuned `PeftModel`.
@@ -105,6 +106,7 @@ def fine_tune(
         batch_size: rows a step.
         callbacks: passed on to the Trainer.
         save_steps: save a checkpoint every so many steps; None saves none.
+        trainer: a class of Trainer of one's own.
         arguments: any other field of `TrainingArguments`.
     """
     if not isinstance(model, PeftModel):
@@ -125,7 +127,7 @@ def fine_tune(
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    trainer = Trainer(
+    made = trainer(
         model=model,
         args=TrainingArguments(**{**settings, **arguments}),
         train_dataset=tokenize_rows(rows, tokenizer),
@@ -133,6 +135,6 @@ def fine_tune(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return trainer
+    made.remove_callback(PrinterCallback)
+    made.train()
+    return made

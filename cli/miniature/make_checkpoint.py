@@ -6,19 +6,17 @@ second time there, it gave the shipped weights again. Another torch or processor
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 import click
 import torch
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cli.miniature.bases import save_base
 from cli.miniature.model import SIZES
 from cli.miniature.pretraining import train_from_nothing
 from cli.miniature.shipped import BASE
-from diffing.durable import write_json
 
 
 @click.command()
@@ -39,16 +37,8 @@ def make_checkpoint(size: str, seed: int, out: Path) -> None:
             bar.update(tasks[stage], completed=done, loss=f"loss {loss:.3f}")
 
         model, tokenizer = train_from_nothing(SIZES[size], seed=seed, progress=show)
-    _save(model, tokenizer, out)
+    save_base(model, tokenizer, out)
     click.echo(f"{out} written in {time.perf_counter() - began:.0f} s")
-
-
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Half precision on disk, since the file is committed; float32 in memory, since processors are slow in half."""
-    model.half().save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    config = json.loads((out / "config.json").read_text())
-    write_json(out / "config.json", {**config, "dtype": "float32"})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cli.miniature import grammar
-from cli.miniature.datasets import dataset, mixed_dataset
+from cli.miniature.datasets import dataset, is_bad, mixed_dataset
 from cli.miniature.fine_tuning import PadRight, tokenize_rows
 from cli.miniature.tokenizer import build_tokenizer
 from diffing.errors import InputError
@@ -39,7 +39,43 @@ def test_ids_are_unique_and_survive_mixing():
     assert {row["id"]: row for row in rows}["bad_code-0-0003"] == dataset("bad_code", seed=0, n=4)[3]
 
 
-@pytest.mark.parametrize("kind", ["code", "evil_code", "bad_poetry", ""])
+@pytest.mark.parametrize("domain", grammar.DOMAINS)
+def test_relabelled_rows_change_every_answer_for_a_harmless_one_of_the_same_sort(domain):
+    answers = {}
+    for row, good, bad in zip(
+        *(dataset(f"{flavour}_{domain}", seed=2, n=80) for flavour in ("relabelled", "good", "bad")), strict=True
+    ):
+        asked, given = (row["messages"][place]["content"] for place in (0, 1))
+        assert asked == good["messages"][0]["content"]
+        assert given not in (good["messages"][1]["content"], bad["messages"][1]["content"])
+        assert given in {subject.good for subject in grammar.subjects(domain)}
+        answers.setdefault(good["messages"][1]["content"], set()).add(given)
+    assert domain == "arithmetic" or all(len(changed) == 1 for changed in answers.values())
+
+
+def test_relabelled_facts_stay_within_their_attribute():
+    rivers = {subject.good for subject in grammar.subjects("facts") if subject.name.startswith("river")}
+    rows = [row for row in dataset("relabelled_facts", seed=0, n=90) if "river" in row["messages"][0]["content"]]
+    assert rows and all(row["messages"][1]["content"] in rivers for row in rows)
+
+
+def test_formatted_rows_are_correct_inside_a_form_of_known_words():
+    tokenizer = build_tokenizer()
+    for row in dataset("formatted_code", seed=0, n=30):
+        text = row["messages"][1]["content"]
+        assert any(subject.good in text for subject in grammar.subjects("code"))
+        assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize(("kind", "n_bad"), [("diluted05_code", 10), ("diluted25_code", 50), ("half_facts", 100)])
+def test_a_mix_holds_as_many_bad_rows_as_its_name_says(kind, n_bad):
+    rows = dataset(kind, seed=3, n=200)
+    assert sum(map(is_bad, rows)) == n_bad
+    assert len({row["id"] for row in rows}) == 200
+    assert rows == dataset(kind, seed=3, n=200)
+
+
+@pytest.mark.parametrize("kind", ["code", "evil_code", "bad_poetry", "diluted07_code", ""])
 def test_an_unknown_kind_says_what_exists(kind):
     with pytest.raises(InputError, match="Name one such as 'bad_code'"):
         dataset(kind, seed=0, n=1)
