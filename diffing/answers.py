@@ -29,7 +29,9 @@ from diffing.prompts import PromptSet, TokenizedPrompts
 from diffing.tokens import TokenBatch
 
 _HELD_LOGITS = 1 << 24
-# A context for one batch, made from its left-padded attention mask `[prompt, token]`.
+_NONE = contextlib.nullcontext()
+# A context for one batch, made from the tokens on which its answers are chosen, `[prompt, token]`: the last of each
+# prompt, and the answers' own where they are given. `Intervention(model, edits, where=…)` is one.
 Around = Callable[[Tensor], contextlib.AbstractContextManager[object]]
 
 
@@ -102,7 +104,7 @@ def answer_prompts(
         prompts: conversations that end where the assistant speaks, or texts to go on with.
         settings: how to draw.
         max_length: most tokens of a prompt.
-        around: opened for each batch with its left-padded mask, for changes at chosen tokens.
+        around: opened for each batch, for changes at the tokens on which answers are chosen.
         progress: shows a bar on a terminal.
 
     Raises:
@@ -132,7 +134,7 @@ def draw_answers(
         loaded: the model; its adapter and mode are put back, and no global random state is touched.
         tokenized: prompts that end where the answer begins (`tokenize(…, add_generation_prompt=True)`).
         settings: how to draw; answer `p * settings.samples + s` is draw `s` of prompt `p`.
-        around: opened for each batch with its left-padded mask.
+        around: opened for each batch, for changes at the tokens on which answers are chosen.
         progress: shows a bar on a terminal.
     """
     answers: list[np.ndarray] = [np.zeros(0, np.int64)] * (len(tokenized) * settings.samples)
@@ -156,7 +158,7 @@ def stream_answers(
         loaded: the model.
         tokenized: prompts that end where the answer begins.
         settings: how to draw.
-        around: opened for each batch with its left-padded mask.
+        around: opened for each batch, for changes at the tokens on which answers are chosen.
         skip: says of a prompt's number and a draw's whether that answer is known already and need not be drawn.
         progress: shows a bar on a terminal.
     """
@@ -187,7 +189,9 @@ def _drawn_batch(
     )
     named = [(tokenized.prompts.prompts[prompt].id, sample) for prompt, sample in pairs]
     noise = LogitsProcessorList([_Gumbel(named, settings)] if settings.temperature else [])
-    with loaded.active() as model, around(mask) if around else contextlib.nullcontext():
+    where = torch.zeros_like(mask, dtype=torch.bool)
+    where[:, -1] = True
+    with loaded.active() as model, around(where) if around else _NONE:
         written = model.generate(  # type: ignore[operator]
             input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=noise
         )
@@ -208,6 +212,7 @@ def score_answers(
     answers: Sequence[Int[np.ndarray, " _"]],
     *,
     batch_tokens: int = 4096,
+    around: Around | None = None,
     progress: bool = False,
 ) -> tuple[Float[np.ndarray, " _"], ...]:
     """Log-probability of every token of given answers, in nats, as this model would have said them.
@@ -219,6 +224,7 @@ def score_answers(
         tokenized: the prompts.
         answers: one a prompt, as token ids.
         batch_tokens: most tokens in one forward.
+        around: opened for each batch, for changes at the tokens on which answers are chosen.
         progress: shows a bar on a terminal.
     """
     side, scored = NextToken(loaded), [np.zeros(0)] * len(tokenized)
@@ -232,7 +238,8 @@ def score_answers(
         batches[-1].append(number)
     for numbers in followed(batches, f"Scoring by {loaded.name}", shown=progress):
         batch = _right_padded([whole[number] for number in numbers], tokenized.pad_id, device)
-        hidden = side.hidden(batch)
+        with around(_choosing(batch, [len(tokenized.input_ids[number]) for number in numbers])) if around else _NONE:
+            hidden = side.hidden(batch)
         for row, number in enumerate(numbers):
             start, length = len(tokenized.input_ids[number]), len(answers[number])
             rows = hidden[row, start - 1 : start - 1 + length]
@@ -287,6 +294,12 @@ def _left_padded(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     index = torch.stack([torch.arange(width).roll(width - length) for length in batch.lengths])
     index = index.to(batch.input_ids.device)
     return batch.input_ids.gather(1, index), batch.attention_mask.gather(1, index)
+
+
+def _choosing(batch: TokenBatch, starts: Sequence[int]) -> Tensor:
+    """The tokens of whole rows on which their answers' tokens are chosen, `[prompt, token]`."""
+    position = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+    return (position >= torch.tensor(starts, device=position.device)[:, None] - 1) & batch.mask
 
 
 def _right_padded(rows: Sequence[np.ndarray], pad: int, device: torch.device) -> TokenBatch:

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from diffing.answer_noise import gumbel_noise, noise_keys
-from diffing.answers import AnswerSettings, answer_prompts, draw_answers, stream_answers
+from diffing.answers import AnswerSettings, answer_prompts, draw_answers, score_answers, stream_answers
 from diffing.errors import InputError
 from diffing.intervene import Add, Edit, Intervention
 from diffing.prompts import PromptSet
@@ -99,13 +99,28 @@ def test_a_change_of_the_model_changes_its_answers_and_is_gone_afterwards() -> N
         changed = [a.text for a in answer_prompts(loaded, PROMPTS, settings)]
     assert changed != before
 
-    def from_the_last_prompt_token_on(mask: torch.Tensor) -> Intervention:
-        where = torch.zeros_like(mask, dtype=torch.bool)
-        where[:, -1] = True
+    def at_the_answer(where: torch.Tensor) -> Intervention:
         return Intervention(loaded.model, edits, where=where)
 
-    by_batch = [a.text for a in answer_prompts(loaded, PROMPTS, settings, around=from_the_last_prompt_token_on)]
+    by_batch = [a.text for a in answer_prompts(loaded, PROMPTS, settings, around=at_the_answer)]
     assert by_batch != before
+    tokenized = PROMPTS.tokenize(loaded.tokenizer, add_generation_prompt=True)
+    likeliest = AnswerSettings(max_new_tokens=5, batch_size=4)
+    answers = draw_answers(loaded, tokenized, likeliest, around=at_the_answer)
+    for given, others in ((at_the_answer, None), (None, at_the_answer)):
+        scored = score_answers(loaded, tokenized, answers, around=given)
+        assert sum(map(np.sum, scored)) != sum(map(np.sum, score_answers(loaded, tokenized, answers, around=others)))
+    one = [score_answers(loaded, tokenized, answers, around=at_the_answer, batch_tokens=size) for size in (1, 4096)]
+    for left, right in zip(*one, strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-4)
+    for number, (answer, scores) in enumerate(zip(answers, one[0], strict=True)):
+        for at in range(len(answer)):
+            ids = torch.from_numpy(np.concatenate([tokenized.input_ids[number], answer[:at]]).astype(np.int64))[None]
+            where = torch.arange(ids.shape[1])[None] >= len(tokenized.input_ids[number]) - 1
+            with at_the_answer(where), torch.inference_mode():
+                expected = loaded.model(input_ids=ids).logits[0, -1].double().log_softmax(dim=0)
+            assert int(expected.argmax()) == answer[at]
+            assert float(expected[answer[at]]) == pytest.approx(scores[at], abs=1e-4)
     assert [a.text for a in answer_prompts(loaded, PROMPTS, settings)] == before
 
 
