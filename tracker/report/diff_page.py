@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
 
-from diffing.crosscoder.contexts import LatentContexts, TokenContext
-from diffing.crosscoder.firing import Firing
-from diffing.crosscoder.neighbours import Neighbourhood
+from diffing.crosscoder.contexts import LatentContexts
 from diffing.diff_result import DiffResult
 from diffing.durable import write_atomic
 from diffing.lens import GroupDifference, TokenScore
 from diffing.logit_diff import Divergence, DivergentContext
-from tracker.report.charts import Dot, bar, composition, firing_histogram, histogram, interval, latent_plane
+from tracker.report.charts import Dot, bar, composition, histogram, interval, latent_plane
+from tracker.report.diff_cards import distinct_passages, largest_of, latent_cards, pushed_tokens
 from tracker.report.diff_sections import section_views
 from tracker.report.diff_words import diff_headline, diff_story
-from tracker.report.heat import Passage, passage
+from tracker.report.heat import passage
 from tracker.report.labels import LABEL_TONES, LABEL_WORDS
 from tracker.report.page import LIMIT_BYTES, render_page
 from tracker.report.text import number
 
 PAGE_NAME = "diff.html"
-_SHARED_CARDS = 4
-_USES = 2  # passages a side of what a latent's direction is used for
-_SURE = 0.05  # family-wise p of a persona's alignment from which it is named
-_Context = TypeVar("_Context", TokenContext, DivergentContext)
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ def diff_view(result: DiffResult, budget: Budget) -> dict[str, Any]:
     """Everything the template names."""
     ordered = by_interest(result.latents)
     counts = result.counts()
-    cards = latent_cards(result, ordered, budget)
+    cards = latent_cards(result, ordered, most=budget.cards, contexts=budget.contexts)
     carded = {card["latent"] for card in cards}
     rows = ordered.head(budget.rows)
     return {
@@ -99,8 +94,8 @@ def diff_view(result: DiffResult, budget: Budget) -> dict[str, Any]:
         "strip": composition([(LABEL_TONES[label], LABEL_WORDS[label], counts[label]) for label in LABEL_TONES]),
         "counts": [(LABEL_TONES[label], LABEL_WORDS[label], counts[label]) for label in LABEL_TONES],
         "passages": _divergent_passages(result.divergence, budget),
-        "promoted": _pushed(result.divergence.promoted if result.divergence else ()),
-        "suppressed": _pushed(result.divergence.suppressed if result.divergence else ()),
+        "promoted": pushed_tokens(result.divergence.promoted if result.divergence else ()),
+        "suppressed": pushed_tokens(result.divergence.suppressed if result.divergence else ()),
         "by_role": _divergence_by_role(result.divergence),
         "mean": _mean(result),
         "plane": latent_plane(_dots(ordered, carded, budget)),
@@ -148,17 +143,9 @@ def _figures(result: DiffResult) -> dict[str, Any]:
 
 
 def _divergent_passages(divergence: Divergence | None, budget: Budget) -> list[dict[str, Any]]:
-    grouped = _distinct(divergence.contexts if divergence else ())[: budget.passages]
-    largest = max((_largest(context.divergence) for context, _ in grouped), default=0.0)
+    grouped = distinct_passages(divergence.contexts if divergence else ())[: budget.passages]
+    largest = max((largest_of(context.divergence) for context, _ in grouped), default=0.0)
     return [_divergent_passage(context, repeats, largest) for context, repeats in grouped]
-
-
-def _distinct(contexts: Sequence[_Context]) -> list[tuple[_Context, int]]:
-    """Passages that read differently, in order, each with how many more prompts read just like it."""
-    found: dict[tuple[str, ...], list[_Context]] = {}
-    for context in contexts:
-        found.setdefault(context.tokens, []).append(context)
-    return [(same[0], len(same) - 1) for same in found.values()]
 
 
 def _divergent_passage(context: DivergentContext, repeats: int, largest: float) -> dict[str, Any]:
@@ -190,8 +177,8 @@ def _mean(result: DiffResult) -> dict[str, Any] | None:
         "all": mean,
         "by_role": [_group(group, largest) for group in mean.by_role],
         "by_position": [_group(group, largest) for group in mean.by_position],
-        "promoted": _pushed(mean.promoted),
-        "suppressed": _pushed(mean.suppressed),
+        "promoted": pushed_tokens(mean.promoted),
+        "suppressed": pushed_tokens(mean.suppressed),
         "is_noise": mean.norm <= 2 * mean.noise_norm,
     }
 
@@ -200,10 +187,6 @@ def _group(group: GroupDifference, largest: float) -> dict[str, Any]:
     # Below twice the sampling noise a difference is drawn grey: it may be nothing.
     tone = "tuned" if group.norm > 2 * group.noise_norm else "quiet"
     return {"group": group, "bar": bar(group.relative_norm, largest, tone=tone)}
-
-
-def _pushed(scores: Iterable[TokenScore]) -> list[dict[str, Any]]:
-    return [{"token": score.text, "value": score.score} for score in scores]
 
 
 def _dots(ordered: pd.DataFrame, carded: set[int], budget: Budget) -> list[Dot]:
@@ -241,92 +224,6 @@ def _promoted_on(contexts: LatentContexts | None, label: str) -> Sequence[TokenS
     return contexts.promoted_base if label == "base_only" and contexts.promoted_base else contexts.promoted
 
 
-def latent_cards(result: DiffResult, ordered: pd.DataFrame, budget: Budget) -> list[dict[str, Any]]:
-    """The latents worth reading, in the order given, as the template shows them."""
-    known = [int(latent) for latent in ordered.index if int(latent) in result.contexts]
-    # Shared latents say how the dictionary reads, not what changed: a few are enough.
-    changed = [latent for latent in known if ordered.loc[latent, "label"] != "shared"]
-    alike = [latent for latent in known if ordered.loc[latent, "label"] == "shared"]
-    chosen = [*changed, *alike[:_SHARED_CARDS]][: budget.cards]
-    near = result.neighbours.latents if result.neighbours else {}
-    return [
-        {
-            **_card(latent, ordered.loc[latent], result.contexts[latent], near.get(latent), budget),
-            "described": result.descriptions.get(latent),
-        }
-        for latent in chosen
-    ]
-
-
-def _card(
-    latent: int, row: pd.Series, contexts: LatentContexts, near: Neighbourhood | None, budget: Budget
-) -> dict[str, Any]:
-    distinct = _distinct(contexts.contexts)
-    shown = distinct[: budget.contexts]
-    largest = max((_largest((*c.base_reading, *c.tuned_reading)) for c, _ in shown), default=0.0)
-    strongest = max((_largest(c.activations) for c, _ in shown), default=0.0)
-    sides = [
-        ("tuned", _pushed(contexts.promoted), _pushed(contexts.suppressed)),
-        ("base", _pushed(contexts.promoted_base), _pushed(contexts.suppressed_base)),
-    ]
-    # The side that a one-sided latent hardly writes to has a decoder of noise, and noise promotes tokens too.
-    absent = {"tuned_only": "base", "base_only": "tuned"}.get(row["label"])
-    return {
-        "latent": latent,
-        "word": LABEL_WORDS[row["label"]],
-        "tone": LABEL_TONES[row["label"]],
-        "figures": row.to_dict(),
-        "passages": [_two_sides(context, repeats, largest, strongest) for context, repeats in shown],
-        "contexts_left_out": len(distinct) - len(shown),
-        "sides": [side for side in sides if side[0] != absent and (side[1] or side[2])],
-        "near": near,
-        "personas": [one for one in (near.personas if near else ()) if one.p_value < _SURE][:3],
-        "template_share": contexts.firing.template_share if contexts.firing and contexts.firing.is_template else None,
-        "firing": contexts.firing,
-        "speakers": _speakers(contexts.firing),
-        "density": firing_histogram(contexts.firing.edges, contexts.firing.counts)
-        if contexts.firing and contexts.firing.count
-        else None,
-        "uses": [use for use in (_use("tuned", contexts), _use("base", contexts)) if use["passages"]],
-    }
-
-
-def _speakers(firing: Firing | None) -> list[tuple[str, float, float]]:
-    """Who speaks where a latent fires: role, share of its activation, share of all tokens; the largest first."""
-    found = firing.mass_by_role.items() if firing else ()
-    shares = [(role, share, firing.tokens_by_role[role]) for role, share in found if firing and share >= 0.01]
-    return sorted(shares, key=lambda one: (-one[1], one[0]))
-
-
-def _use(side: str, contexts: LatentContexts) -> dict[str, Any]:
-    """Where one side's activations point along the latent's direction, whether it fires there or not."""
-    found = _distinct(contexts.tuned_contexts if side == "tuned" else contexts.base_contexts)[:_USES]
-    read = [(one, one.tuned_reading if side == "tuned" else one.base_reading) for one, _ in found]
-    largest = max((_largest(values) for _, values in read), default=0.0)
-    return {
-        "side": side,
-        "passages": [
-            (values[one.peak], passage(one.tokens, values, largest=largest, peak=one.peak))
-            for one, values in read
-            if values
-        ],
-    }
-
-
-def _two_sides(context: TokenContext, repeats: int, largest: float, strongest: float) -> dict[str, Any]:
-    readings = [("tuned", context.tuned_reading), ("base", context.base_reading)]
-    sides: list[tuple[str, Passage]] = [
-        (side, passage(context.tokens, values, largest=largest, peak=context.peak))
-        for side, values in readings
-        if values
-    ]
-    if not sides:
-        sides = [("both", passage(context.tokens, context.activations, largest=strongest, peak=context.peak))]
-    peak = context.peak
-    parts = (context.base_part[peak], context.tuned_part[peak]) if context.base_part and context.tuned_part else None
-    return {"value": context.activations[peak], "repeats": repeats, "sides": sides, "parts": parts}
-
-
 def _provenance(result: DiffResult) -> list[tuple[str, str]]:
     made = result.provenance
     rows = [(f"{side} fingerprint", value) for side, value in sorted(made.models.items())]
@@ -336,10 +233,6 @@ def _provenance(result: DiffResult) -> list[tuple[str, str]]:
     rows += [("settings", json.dumps(made.config, sort_keys=True, default=str))]
     rows += [("versions", ", ".join(f"{name} {value}" for name, value in sorted(made.versions.items())))]
     return rows
-
-
-def _largest(values: Iterable[float]) -> float:
-    return max((value for value in values if math.isfinite(value)), default=0.0)
 
 
 def _real(value: float) -> float:

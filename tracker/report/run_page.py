@@ -12,8 +12,9 @@ from attribution.ranking import Attribution, AttributionRow
 from diffing.diff_result import DiffResult
 from diffing.durable import write_atomic, write_json
 from tracker.report.charts import bar
+from tracker.report.diff_cards import latent_cards
 from tracker.report.diff_page import PAGE_NAME as DIFF_PAGE_NAME
-from tracker.report.diff_page import Budget, by_interest, latent_cards, render_diff_page
+from tracker.report.diff_page import by_interest, render_diff_page
 from tracker.report.diff_words import diff_headline, diff_story
 from tracker.report.labels import LABEL_WORDS
 from tracker.report.names import is_share, signal_title, unit_words
@@ -243,7 +244,7 @@ def _latents(diff: DiffResult | None) -> dict[str, Any] | None:
         "said": [diff_headline(diff), *diff_story(diff)],
         "label": LABEL_WORDS[label],
         "count": len(chosen),
-        "cards": latent_cards(diff, chosen, Budget(cards=5, contexts=2)),
+        "cards": latent_cards(diff, chosen, most=5, contexts=2),
     }
 
 
