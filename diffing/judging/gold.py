@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from scipy import stats
-from sklearn.metrics import cohen_kappa_score
 
 from diffing.errors import InputError, PromptError
-from diffing.interval import Share
 from diffing.judging.judge import LARGEST, Exchange, Judge, Reason, Score
 from diffing.judging.known_error import JudgeError
 from diffing.prompt_rows import read_rows
@@ -255,9 +253,12 @@ def _estimate(
 
 
 def _kappa(rows: Float[np.ndarray, "row 2"]) -> float:
-    if len(np.unique(rows)) < 2:
-        return math.nan
-    return float(cohen_kappa_score(rows[:, 0].astype(int), rows[:, 1].astype(int)))
+    """Cohen's kappa of two columns of category numbers; NaN where only one category occurs."""
+    n_kinds = int(rows.max()) + 1
+    table = np.bincount((rows[:, 0] * n_kinds + rows[:, 1]).astype(int), minlength=n_kinds**2).reshape(n_kinds, -1)
+    table = table / len(rows)
+    by_chance = float(table.sum(axis=0) @ table.sum(axis=1))
+    return (float(np.trace(table)) - by_chance) / (1 - by_chance) if by_chance < 1 else math.nan
 
 
 def _spearman(rows: Float[np.ndarray, "row 2"]) -> float:

@@ -36,7 +36,7 @@ class JudgeError:
 
     @property
     def youden(self) -> float:
-        """Sensitivity + specificity − 1: 1 for a perfect judge, 0 for one that guesses; NaN without both kinds of rows."""
+        """Sensitivity + specificity − 1: 1 for a perfect judge, 0 for a guess; NaN without both kinds of rows."""
         return self.sensitivity.value + self.specificity.value - 1
 
 
