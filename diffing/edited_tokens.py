@@ -121,7 +121,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
 def _cached(kwargs: dict[str, Any]) -> int | None:
     """Tokens read in earlier passes of this sequence; None where a cache is there that does not say."""
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     if hasattr(cache, "get_seq_length"):
         return int(cache.get_seq_length())
     if isinstance(cache, tuple | list) and cache:

@@ -183,7 +183,7 @@ def generate_answers(
     tokens = "response" if settings.tokens == "answer" else "all"
     with Intervention(loaded.model, edits, tokens=tokens):
         answers = draw_answers(loaded, tokenized, drawing)
-    return loaded.tokenizer.batch_decode(list(answers), skip_special_tokens=True)
+    return loaded.tokenizer.batch_decode([answer.tolist() for answer in answers], skip_special_tokens=True)
 
 
 def _direction(fit: CrosscoderFit, latents: pd.DataFrame, latent: int) -> Float[Tensor, " d_model"]:
