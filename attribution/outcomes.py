@@ -19,14 +19,17 @@ class Outcomes:
 
     Args:
         path: a JSON-lines file, made where it is missing; None keeps outcomes in memory only.
+        asked: what is measured after which kind of training; outcomes of something else in the same file are let be.
 
     Raises:
         InputError: the file holds something else.
     """
 
-    def __init__(self, path: Path | str | None = None) -> None:
+    def __init__(self, path: Path | str | None = None, *, asked: str = "") -> None:
+        self.asked = asked
         self.path = None if path is None else Path(path)
         self._known: dict[str, list[float]] = {}
+        self._gap = ""  # what parts the next line from one that a kill cut short
         if self.path is not None and self.path.exists():
             self._read(self.path)
 
@@ -37,17 +40,20 @@ class Outcomes:
         self, kept: Sequence[ExampleId], seed: int, make: Callable[[], Float[np.ndarray, " query"]]
     ) -> Float[np.ndarray, " query"]:
         """The outcome of training on these rows, measured now unless it is known."""
-        key = hashlib.sha256(json.dumps([sorted(kept), seed]).encode()).hexdigest()[:24]
+        key = hashlib.sha256(json.dumps([self.asked, sorted(kept), seed]).encode()).hexdigest()[:24]
         if key not in self._known:
             self._known[key] = [float(value) for value in make()]
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a") as file:
-                    file.write(json.dumps({"kept": key, "losses": self._known[key]}) + "\n")
+                    file.write(self._gap + json.dumps({"kept": key, "losses": self._known[key]}) + "\n")
+                self._gap = ""
         return np.array(self._known[key])
 
     def _read(self, path: Path) -> None:
-        for line in path.read_text().splitlines():
+        text = path.read_text()
+        self._gap = "\n" if text and not text.endswith("\n") else ""
+        for line in text.splitlines():
             try:
                 entry = json.loads(line)
                 self._known[entry["kept"]] = entry["losses"]

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from attribution.check import Validation
+from attribution.counterfactual import Counterfactual
 from attribution.example import ExampleId
 from attribution.groups import RowGroup, SourceShare, Theme
 from diffing.durable import write_json
@@ -87,6 +88,7 @@ class Attribution:
         tokens: row to its push token by token, for the rows worth reading.
         lexical: the same question asked of plain word matching; None where the query has no words.
         validation: what checks by retraining found; None where none was run.
+        counterfactual: what training again without the strongest rows came to; None where that was not done.
     """
 
     query: str
@@ -102,6 +104,7 @@ class Attribution:
     tokens: Mapping[ExampleId, RowTokens] = field(default_factory=dict)
     lexical: LexicalBaseline | None = None
     validation: Validation | None = None
+    counterfactual: Counterfactual | None = None
 
     def __repr__(self) -> str:
         return f"Attribution({self.query!r}, {self.n_rows} rows, checkpoints {list(self.steps)}, {self.method})"

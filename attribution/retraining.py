@@ -1,16 +1,19 @@
 """How is a small model trained again on some of its rows? A ready `Retrain` for runs like the Trainer's.
 
-AdamW, the loss averaged over a batch's labelled tokens, a rate that warms up and then falls linearly: the Trainer's
-defaults. Write a `Retrain` of your own where your run differed in anything that matters.
+AdamW, the loss averaged over a batch's labelled tokens, biases and norms without decay, a rate that warms up and then
+falls linearly: the Trainer's defaults. Write a `Retrain` of your own where your run differed in anything that matters.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import get_scheduler
 
 from attribution.example import ExampleId, Row, batches, check_rows, example_id
 from attribution.losses import model_inputs, token_losses
@@ -24,11 +27,13 @@ class Retraining:
     Attributes:
         start: makes the model as it was before training, trainable parameters requiring gradients.
         rows: all training rows.
-        epochs: passes over the kept rows.
+        epochs: passes over the kept rows, where `max_steps` is None.
         batch_size: rows in a step.
         learning_rate: its peak.
-        weight_decay: of AdamW.
+        weight_decay: of AdamW, on matrices only.
         warm_up: share of the steps over which the rate rises.
+        schedule: how the rate goes on, as transformers names it: `linear`, `cosine`, `constant_with_warmup`, …
+        max_steps: how many steps, whatever number of rows is kept; None: as many as `epochs` makes.
         max_grad_norm: gradients are clipped there; None does not clip.
     """
 
@@ -39,6 +44,8 @@ class Retraining:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     warm_up: float = 0.0
+    schedule: str = "linear"
+    max_steps: int | None = None
     max_grad_norm: float | None = None
 
     def __call__(self, row_ids: Sequence[ExampleId], *, seed: int) -> nn.Module:
@@ -62,12 +69,10 @@ class Retraining:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not trained:
             raise InputError("Expected trainable parameters; every one is frozen. Unfreeze what was trained.")
-        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(_decayed(trained, self.weight_decay), lr=self.learning_rate)
         plan = list(self._plan(len(rows), seed))
-        for step, places in enumerate(plan):
-            rising = (step + 1) / (self.warm_up * len(plan)) if self.warm_up else 1.0
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * min(rising, 1.0) * (1 - step / len(plan))
+        rates = get_scheduler(self.schedule, optimizer, round(self.warm_up * len(plan)), len(plan))
+        for places in plan:
             (batch,) = batches([rows[place] for place in places], len(places), device=trained[0].device)
             losses = token_losses(model(**model_inputs(model, batch)).logits, batch.labels)
             optimizer.zero_grad(set_to_none=True)
@@ -75,11 +80,21 @@ class Retraining:
             if self.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
             optimizer.step()
+            rates.step()
         return model.eval()
 
     def _plan(self, n_rows: int, seed: int) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(seed)
-        for _ in range(self.epochs):
+        n_steps = self.epochs * math.ceil(n_rows / self.batch_size) if self.max_steps is None else self.max_steps
+        while n_steps > 0:
             order = torch.randperm(n_rows, generator=generator).tolist()
-            for first in range(0, n_rows, self.batch_size):
+            for first in range(0, n_rows, self.batch_size)[:n_steps]:
                 yield order[first : first + self.batch_size]
+            n_steps -= math.ceil(n_rows / self.batch_size)
+
+
+def _decayed(trained: Sequence[nn.Parameter], decay: float) -> list[dict[str, Any]]:
+    flat = [parameter for parameter in trained if parameter.ndim < 2]
+    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": flat, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -54,6 +54,12 @@ if TYPE_CHECKING:
 @click.option("--drop-share", default=0.05, show_default=True, help="Share of the rows to drop, strongest first.")
 @click.option("--validate", is_flag=True, help="Retrain without the strongest rows, and without random ones, to check.")
 @click.option("--subsets", default=0, show_default=True, help="With --validate: retrainings on random halves besides.")
+@click.option(
+    "--counterfactual",
+    is_flag=True,
+    help="Train the run again without the --drop-share strongest rows, and without as many random ones.",
+)
+@click.option("--seeds", default=3, show_default=True, help="With --counterfactual: trainings of each kind.")
 @click.option("--max-length", default=1024, show_default=True, help="Tokens per row, as in training.")
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
@@ -76,6 +82,8 @@ def attribute(
     drop_share: float,
     validate: bool,
     subsets: int,
+    counterfactual: bool,
+    seeds: int,
     max_length: int,
     batch_size: int,
     device: str,
@@ -88,13 +96,14 @@ def attribute(
     Asks one thing: a persona, answers, a latent, an alert, or the canaries. Writes attribution.html and
     attribution.json into RUN_DIR; `palimpsest report RUN_DIR` shows the ranking as well.
     """  # fmt: skip
-    from tracker.explain import explain_question, read_training_text, saved_checkpoints
+    from tracker.explain import WithoutPlan, explain_question, read_training_text, saved_checkpoints
     from tracker.report import write_attribution_report
     from tracker.saved_model import load_saved
     from tracker.validate_ranking import CheckPlan
 
     asked = Asked(persona, query, latent, alert, canaries, diff, prompts)
     asked.check()
+    _check_seeds(seeds)
     _check_share(drop_share)
     tokenizer = load_saved(saved_checkpoints(run_dir)[0][1], base=base).tokenizer
     training = read_training_text(train, tokenizer, max_length=max_length)
@@ -104,6 +113,7 @@ def attribute(
         run_dir, training, question,
         base=base, method=method, batch_size=batch_size, device=device, seed=seed, keep=max(50, n_drop),
         tokenizer=tokenizer, check=CheckPlan(drop_share, n_subsets=subsets) if validate else None,
+        without=WithoutPlan(n_drop, seeds) if counterfactual else None,
     )  # fmt: skip
     page = write_attribution_report(result, run_dir)
     if drop is not None:
@@ -119,6 +129,13 @@ def _check_share(share: float) -> None:
 
     if not 0 < share < 1:
         raise InputError(f"Expected --drop-share between 0 and 1, got {share:g}. Pass 0.05 for the strongest 5 %.")
+
+
+def _check_seeds(seeds: int) -> None:
+    from diffing.errors import InputError
+
+    if seeds < 1:
+        raise InputError(f"Expected at least one seed for --seeds, got {seeds}. Pass 3 or more for an interval.")
 
 
 def write_rows_to_drop(result: Attribution, training: TrainingText, path: Path, n_drop: int) -> None:

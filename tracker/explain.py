@@ -7,7 +7,7 @@ writes the ranking back into the run directory, where the report finds it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from attribution import Attribution, Identity, SavedStep, lexical_scores, prepare_queries, rank_rows, score_trajectory
+from attribution.check import Validation
+from attribution.counterfactual import Counterfactual
 from attribution.curvature import Curvature
 from attribution.groups import find_groups, find_themes, share_by_source
 from attribution.ranking import LexicalBaseline, RowTokens
@@ -29,6 +31,7 @@ from diffing.persona import PersonaVector
 from diffing.unembedding import TokenTexts
 from tracker.events import CheckpointSaved
 from tracker.journal import Journal
+from tracker.retrain_run import RunAgain, retrain_without_rows
 from tracker.run_queries import Question, probe_inputs_of, projection_query
 from tracker.saved_model import trainable_model
 from tracker.training_rows import TrainingText, read_training_text
@@ -37,6 +40,7 @@ from tracker.validate_ranking import CheckPlan, validate_ranking
 __all__ = [
     "Question",
     "TrainingText",
+    "WithoutPlan",
     "explain_projection",
     "explain_question",
     "probe_inputs_of",
@@ -46,6 +50,19 @@ __all__ = [
 
 _ROWS_MARKED = 40
 _UNCHECKED = "Not validated:"
+
+
+@dataclass(frozen=True)
+class WithoutPlan:
+    """Which rows a run is trained again without, and how often.
+
+    Attributes:
+        n_rows: so many, strongest first; only rows that pushed up are left out.
+        n_seeds: trainings on all rows, without these, and without as many random ones; each.
+    """
+
+    n_rows: int
+    n_seeds: int = 3
 
 
 def saved_checkpoints(run_dir: Path | str) -> list[tuple[int, Path]]:
@@ -81,6 +98,7 @@ def explain_question(
     keep: int = 50,
     tokenizer: Any = None,
     check: CheckPlan | None = None,
+    without: WithoutPlan | None = None,
     seed: int = 0,
 ) -> Attribution:
     """Ranks training rows by how far they pushed the query up, over the run's checkpoints.
@@ -98,10 +116,12 @@ def explain_question(
         tokenizer: marks, in the rows worth reading, the tokens that made the push (gradient dot product at the
             checkpoint in the middle); None to leave that out.
         check: retrains to see whether the ranking is true; None to leave that out, and then it is not validated.
+        without: trains again without the strongest rows to see what they are worth; None to leave that out.
         seed: of the bootstrap, the themes, and the labels sampled for the curvature.
 
     Raises:
-        InputError: no checkpoint is on disk; rows or queries that cannot be scored.
+        InputError: no checkpoint is on disk; rows or queries that cannot be scored; with `check` or `without`, a full
+            fine-tune without `base`, or no row that pushed up.
     """
     chosen, caveats = _in_time(list(checkpoints or saved_checkpoints(run_dir)), question.until)
     scores = score_trajectory(
@@ -113,14 +133,15 @@ def explain_question(
         seed=seed,
     )
     result = _attribution(scores, training, question, keep, seed, [*_caveats(scores, len(chosen)), *caveats])
-    if check is not None:
-        found = validate_ranking(
-            run_dir, training.rows, question.query, scores.values[0], chosen[-1][1],
-            base=base, plan=check, method=scores.method, device=device, seed=seed,
-        )  # fmt: skip
-        unchecked = [said for said in result.caveats if not said.startswith(_UNCHECKED)]
-        said = found.verdict[:1].upper() + found.verdict[1:]
-        result = replace(result, validation=found, validated=found.validated, caveats=(f"{said}.", *unchecked))
+    if check is not None or without is not None:
+        again = RunAgain.of(run_dir, training.rows, chosen[-1][1], base=base, device=device)
+        if check is not None:
+            found = validate_ranking(
+                again, question.query, scores.values[0], plan=check, method=scores.method, seed=seed
+            )
+            result = _checked(result, found)
+        if without is not None:
+            result = _with_counterfactual(result, _retrained_without(again, result, question, without, seed))
     if tokenizer is not None:
         middle = chosen[(len(chosen) - 1) // 2][1]
         marked = _token_pushes(trainable_model(middle, base=base, device=device), tokenizer, training, question, result)
@@ -150,6 +171,29 @@ def explain_projection(
     """
     question = Question(projection_query(vector, probe_inputs, device=device))
     return explain_question(run_dir, training, question, device=device, **options)
+
+
+def _checked(result: Attribution, found: Validation) -> Attribution:
+    unchecked = [said for said in result.caveats if not said.startswith(_UNCHECKED)]
+    said = found.verdict[:1].upper() + found.verdict[1:]
+    return replace(result, validation=found, validated=found.validated, caveats=(f"{said}.", *unchecked))
+
+
+def _retrained_without(
+    again: RunAgain, result: Attribution, question: Question, plan: WithoutPlan, seed: int
+) -> Counterfactual:
+    flagged = [row.example_id for row in result.strongest[: plan.n_rows]]
+    return retrain_without_rows(again, question.query, flagged, n_seeds=plan.n_seeds, seed=seed)
+
+
+def _with_counterfactual(result: Attribution, found: Counterfactual) -> Attribution:
+    unchecked = [said for said in result.caveats if not said.startswith(_UNCHECKED)]
+    checked = (
+        f"Counterfactual retraining {'confirms' if found.confirmed else 'does not confirm'} that the "
+        f"{found.n_dropped} strongest rows matter more than random ones."
+    )
+    agreed = found.confirmed and (result.validation is None or result.validation.validated)
+    return replace(result, counterfactual=found, validated=agreed, caveats=(checked, *unchecked))
 
 
 def _attribution(

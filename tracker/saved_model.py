@@ -53,6 +53,7 @@ def starting_model(folder: Path | str, *, base: Any = None, device: str = "cpu")
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = False
         origin = base if base is not None else config.base_model_name_or_path
+        config.base_model_name_or_path = str(origin)  # peft warns where it is another
         return get_peft_model(load_checkpoint(origin, device=device).model, config)
 
     return start

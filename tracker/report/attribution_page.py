@@ -12,6 +12,7 @@ from attribution.ranking import Attribution, AttributionRow
 from diffing.durable import write_atomic
 from tracker.report.attribution_words import attribution_headline, attribution_story
 from tracker.report.charts import bar, interval
+from tracker.report.counterfactual_view import counterfactual_view
 from tracker.report.heat import passage
 from tracker.report.page import LIMIT_BYTES, render_page
 
@@ -55,6 +56,7 @@ def attribution_view(result: Attribution, most_up: int, most_down: int) -> dict[
         "headline": attribution_headline(result),
         "story": attribution_story(result),
         "figures": _figures(result),
+        "again": counterfactual_view(result.counterfactual),
         "sources": [_source(source) for source in result.sources],
         "themes": _themes(result.themes, by_name),
         "rows": [_group(result, group, by_name, largest) for group in groups[:most_up]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attribution.ranking import Attribution
+from tracker.report.counterfactual_view import counterfactual_words
 from tracker.report.text import number, round_percent, visible
 
 
@@ -39,6 +40,8 @@ def attribution_story(result: Attribution) -> list[str]:
     if result.themes and result.themes[0].words:
         words = ", ".join(f"“{visible(odds.word, limit=24)}”" for odds in result.themes[0].words[:4])
         told.append(f"What sets the strongest rows apart from the rest: {words}.")
+    if result.counterfactual is not None:
+        told.append(counterfactual_words(result.counterfactual))
     if result.lexical is not None:
         told.append(
             f"Plain word matching would have named {number(result.lexical.shared_top)} of the same "
