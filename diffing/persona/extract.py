@@ -139,7 +139,15 @@ def extract_personas(
         },
     )
     return [
-        _vector(trait, site, fit, score, pooling=pooling, split=split, provenance=provenance)
+        fitted_vector(
+            trait,
+            site,
+            fit,
+            score,
+            pooling=pooling,
+            n_questions=len(split.held_questions),
+            provenance=provenance,
+        )
         for site, fit, score in zip(resolved, fits, scores, strict=True)
     ]
 
@@ -170,16 +178,27 @@ class _Reader:
                 counted.add(len(batch.index))
 
 
-def _vector(
+def fitted_vector(
     trait: str,
     site: ResolvedSite,
     fit: ContrastFit,
     score: HeldOutScores,
     *,
     pooling: str,
-    split: QuestionSplit,
+    n_questions: int,
     provenance: Provenance,
 ) -> PersonaVector:
+    """One site's vector from its sums and its held-out scores.
+
+    Args:
+        trait: its name.
+        site: where.
+        fit: the direction.
+        score: the projections of the held-out rows.
+        pooling: how rows were pooled.
+        n_questions: distinct held-out questions.
+        provenance: of the extraction; names the model.
+    """
     return PersonaVector(
         trait=trait,
         site=str(site.site),
@@ -187,7 +206,7 @@ def _vector(
         scale=fit.scale,
         neutral_mean=fit.neutral_mean,
         neutral_std=score.neutral_std(),
-        separation=score.separation(n_questions=len(split.held_questions)),
+        separation=score.separation(n_questions=n_questions),
         pooling=pooling,
         n_positive=fit.n_positive,
         n_negative=fit.n_negative,

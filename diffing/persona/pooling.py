@@ -13,6 +13,7 @@ The first token of a row never counts in a mean: models park attention there, at
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -78,14 +79,48 @@ def pooled_rows(
     Raises:
         PersonaError: activations are not finite.
     """
+    masks = [lambda batch: pooling_mask(batch, pooling)]
+    for (rows,) in read_pooled(loaded, tokens, sites, masks, batch_tokens=batch_tokens):
+        yield rows
+
+
+def answered_rows(
+    loaded: LoadedCheckpoint,
+    tokens: TokenizedPrompts,
+    sites: Sequence[Site | str],
+    *,
+    poolings: Sequence[str] = POOLINGS,
+    batch_tokens: int = 8192,
+) -> Iterator[tuple[PooledRows, ...]]:
+    """Reads rows of prompt and answer once and pools each in several ways; see `answered_mask`."""
+    masks = [functools.partial(answered_mask, pooling=pooling) for pooling in poolings]
+    return read_pooled(loaded, tokens, sites, masks, batch_tokens=batch_tokens)
+
+
+def read_pooled(
+    loaded: LoadedCheckpoint,
+    tokens: TokenizedPrompts,
+    sites: Sequence[Site | str],
+    masks: Sequence[Callable[[TokenBatch], Bool[Tensor, "batch token"]]],
+    *,
+    batch_tokens: int,
+) -> Iterator[tuple[PooledRows, ...]]:
+    """One forward a batch; its rows pooled once for each mask, all sites from the same pass.
+
+    Raises:
+        PersonaError: activations are not finite.
+    """
     device = next(loaded.model.parameters()).device
     with torch.inference_mode(), loaded.active() as model, Tap(model, list(sites), early_exit=True) as tap:
         for batch in tokens.batches(max_tokens=batch_tokens, device=str(device)):
-            mask = pooling_mask(batch, pooling)
             reads = tap.read(**batch.inputs())
-            values = tuple(masked_mean(read, mask.to(read.device)).cpu().double() for read in reads)
-            _check_finite(values, batch, tokens)
-            yield PooledRows(index=tuple(batch.prompt_index), values=values)
+            pooled = []
+            for mask_of in masks:
+                mask = mask_of(batch)
+                values = tuple(masked_mean(read, mask.to(read.device)).cpu().double() for read in reads)
+                _check_finite(values, batch, tokens)
+                pooled.append(PooledRows(index=tuple(batch.prompt_index), values=values))
+            yield tuple(pooled)
 
 
 def tokenize_for(
@@ -124,6 +159,22 @@ def pooling_mask(batch: TokenBatch, pooling: str) -> Bool[Tensor, "batch token"]
     for role in _ROLES[pooling]:
         wanted |= batch.roles == int(role)
     return wanted & real & (position > 0)
+
+
+def answered_mask(batch: TokenBatch, pooling: str) -> Bool[Tensor, "batch token"]:
+    """The tokens that speak for rows which hold a prompt and its answer, and nothing of the assistant's before it.
+
+    `last_prompt` is the token before the answer. In a causal model what comes later does not touch what is read there,
+    so prompt and answer poolings can share one pass.
+    """
+    answer = (batch.roles == int(Role.ASSISTANT)) & batch.mask
+    position = torch.arange(answer.shape[1], device=answer.device).expand_as(answer)
+    start = torch.where(answer, position, answer.shape[1]).amin(dim=1, keepdim=True)
+    if pooling == "response_mean":
+        return answer & (position > 0)
+    if pooling == "last_prompt":
+        return position == start - 1
+    return pooling_mask(batch, pooling) & (position < start)
 
 
 def masked_mean(

@@ -71,9 +71,13 @@ class QuestionSplit:
 
     def swaps(self, rows: Sequence[Prompt]) -> Bool[ndarray, "row shuffle"]:
         """In which shuffles the trait and plain rows of this question change places."""
-        digests = b"".join(_hash(self.seed, "swap", question_of(row)) for row in rows)
-        bits = np.unpackbits(np.frombuffer(digests, dtype=np.uint8)).reshape(len(rows), -1)
-        return bits[:, :N_SHUFFLED].astype(bool)
+        return label_swaps(self.seed, [question_of(row) for row in rows])
+
+
+def label_swaps(seed: int, questions: Sequence[str]) -> Bool[ndarray, "row shuffle"]:
+    """In which shuffles the answers to each question swap their labels; hangs on its words and the seed alone."""
+    bits = np.unpackbits(np.frombuffer(b"".join(_hash(seed, "swap", question) for question in questions), np.uint8))
+    return bits.reshape(len(questions), -1)[:, :N_SHUFFLED].astype(bool)
 
 
 def _hash(seed: int, *words: str) -> bytes:

@@ -1,0 +1,323 @@
+"""At which layer, and how strongly, does adding the vector bring the trait out of a model that is not told to show it?
+
+A layer where answers are told apart well is often not one where they can be moved. So each vector is added, at several
+strengths, while the model faces held-out questions without any system prompt. Two readings:
+
+- log-odds, without a judge and without writing: how much likelier per token the trait answers became, against the plain
+  answers to the same questions. A direction that merely breaks the model raises no answer's probability, so only points
+  at which the trait answers themselves became likelier are chosen from.
+- a judge's trait and coherence scores of what the steered model writes, at the layers that log-odds put first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from diffing.answers import AnswerSettings, Around, answer_prompts, score_answers
+from diffing.checkpoint import LoadedCheckpoint
+from diffing.errors import PersonaError
+from diffing.intervene import Add, Edit, Intervention
+from diffing.judging.judge import Exchange, Judge
+from diffing.persona.contrast import PLAIN, TRAIT
+from diffing.persona.elicit import neutral_prompts
+from diffing.persona.elicited_fit import KeptRollouts
+from diffing.persona.project import mean_interval
+from diffing.persona.vector import PersonaVector
+from diffing.progress import followed
+from diffing.prompts import TokenizedPrompts
+
+STRENGTHS = (0.5, 1.0, 2.0, 3.0, 4.0)
+N_RANDOM = 8
+N_JUDGED_SITES = 3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over questions.
+
+    Attributes:
+        mean: over questions.
+        low: lower end of the 95 % t interval; None for one question.
+        high: upper end.
+        n: questions.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Float[np.ndarray, " question"]) -> Estimate:
+        """The mean of one value a question."""
+        return cls(*mean_interval(values.astype(np.float64)), len(values))
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One layer at one strength.
+
+    Attributes:
+        site: where the vector was added.
+        strength: in gaps of that layer; 1 is the distance between plain and trait answers.
+        log_odds: change of the log-odds of trait against plain answers, nats a token; positive: towards the trait.
+        trait_gain: change of the trait answers' log-probability, nats a token; negative where steering breaks them.
+        trait_score: the judge's mean trait score of the steered answers, 0..100; None where it was not asked.
+        coherence: the judge's mean coherence of the steered answers, 0..100; None where it was not asked.
+    """
+
+    site: str
+    strength: float
+    log_odds: Estimate
+    trait_gain: Estimate
+    trait_score: Estimate | None = None
+    coherence: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class LayerSweep:
+    """Every point tried, and the one chosen.
+
+    Attributes:
+        trait: the trait's name.
+        points: by site, then strength.
+        site: where the trait is brought out best.
+        strength: the strength at which it is, gaps.
+        scored_by: `log-odds`, or the judge's name.
+        why: one sentence about the choice.
+        random_most: largest mean log-odds change of random directions of the same length at the chosen point.
+        n_random: how many of those.
+        unsteered_trait: trait score without steering; None without a judge.
+        unsteered_coherence: coherence without steering.
+        n_scored: questions behind every point.
+    """
+
+    trait: str
+    points: tuple[SweepPoint, ...]
+    site: str
+    strength: float
+    scored_by: str
+    why: str
+    random_most: float
+    n_random: int
+    unsteered_trait: Estimate | None = None
+    unsteered_coherence: Estimate | None = None
+    n_scored: int = 0
+
+    @property
+    def chosen(self) -> SweepPoint:
+        """The point at which the trait is brought out best."""
+        return next(point for point in self.points if (point.site, point.strength) == (self.site, self.strength))
+
+
+def sweep_layers(
+    loaded: LoadedCheckpoint,
+    vectors: Sequence[PersonaVector],
+    held_out: KeptRollouts,
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+    judge: Judge | None = None,
+    coherence: Judge | None = None,
+    settings: AnswerSettings | None = None,
+    n_judged_sites: int = N_JUDGED_SITES,
+    least_coherence: float = 50.0,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+    progress: bool = False,
+) -> LayerSweep:
+    """Adds each vector at each strength and picks where the trait comes out best on held-out questions.
+
+    Args:
+        loaded: the model.
+        vectors: of one trait, one a site.
+        held_out: kept rollouts on held-out questions; one trait and one plain answer to each question is used.
+        strengths: in gaps.
+        judge: scores the trait in what the steered model writes; None leaves the choice to log-odds.
+        coherence: scores its coherence.
+        settings: how steered answers are drawn.
+        n_judged_sites: sites at which the judge is asked, best by log-odds first.
+        least_coherence: points whose answers are less coherent on average are not chosen.
+        seed: of the random directions.
+        batch_tokens: most tokens a forward pass.
+        progress: shows a bar.
+
+    Raises:
+        PersonaError: no vectors, or no question with two kept answers.
+
+    Cost: a forward pass over two answers a question for every site and strength; with a judge, `settings.samples`
+    answers a question for every strength at `n_judged_sites` sites, each judged.
+    """
+    if not vectors or not strengths:
+        raise PersonaError("Expected vectors and strengths to sweep over, got none. Name at least one of each.")
+    odds = _LogOdds.of(loaded, held_out, batch_tokens)
+    tried = [(vector, strength) for vector in vectors for strength in strengths]
+    points = []
+    for vector, strength in followed(tried, "Steering held-out questions", shown=progress):
+        log_odds, gain = odds.change(steering(loaded, vector, strength))
+        points.append(SweepPoint(vector.site, float(strength), log_odds, gain))
+    unsteered: tuple[Estimate | None, Estimate | None] = (None, None)
+    by_site = {vector.site: vector for vector in vectors}
+    if judge is not None:
+        written = _Written(loaded, odds.questions, judge, coherence, settings or AnswerSettings(temperature=1.0))
+        unsteered = written.scores(None)
+        best = _best_sites(points, n_judged_sites)
+        points = [
+            _judged(point, written.scores(steering(loaded, by_site[point.site], point.strength)))
+            if point.site in best
+            else point
+            for point in followed(points, "Judging steered answers", shown=progress)
+        ]
+    chosen, why = _choose(points, least_coherence)
+    return LayerSweep(
+        trait=vectors[0].trait,
+        points=tuple(points),
+        site=chosen.site,
+        strength=chosen.strength,
+        scored_by=judge.name if judge else "log-odds",
+        why=why,
+        random_most=max(_random_changes(loaded, by_site[chosen.site], chosen.strength, odds, seed)),
+        n_random=N_RANDOM,
+        unsteered_trait=unsteered[0],
+        unsteered_coherence=unsteered[1],
+        n_scored=len(odds.questions),
+    )
+
+
+def steering(loaded: LoadedCheckpoint, vector: PersonaVector, strength: float) -> Around:
+    """Adds `strength` gaps of the vector at the tokens on which answers are chosen, batch by batch."""
+    return _adding(loaded, vector.site, strength * vector.scale * vector.direction)
+
+
+def _adding(loaded: LoadedCheckpoint, site: str, added: Float32[Tensor, " d_model"]) -> Around:
+    return lambda where: Intervention(loaded.model, [Edit(site, Add(added))], where=where)
+
+
+@dataclass(frozen=True)
+class _LogOdds:
+    """Trait and plain answers to the same questions, put after the question alone."""
+
+    loaded: LoadedCheckpoint
+    questions: tuple[str, ...]
+    asked: TokenizedPrompts
+    answers: tuple[tuple[np.ndarray, ...], ...]
+    unsteered: Float[np.ndarray, "side question"]
+    batch_tokens: int
+
+    @classmethod
+    def of(cls, loaded: LoadedCheckpoint, held_out: KeptRollouts, batch_tokens: int) -> _LogOdds:
+        asks = held_out.rollouts.asks
+        found: dict[str, dict[int, tuple[tuple[int, int], np.ndarray]]] = {}
+        for rollout in held_out:
+            ask = asks[rollout.ask]
+            sides = found.setdefault(ask.question, {})
+            # The first pair by number, so that the order in which answers came does not matter.
+            number = (rollout.ask // 2, rollout.sample)
+            if ask.side not in sides or number < sides[ask.side][0]:
+                sides[ask.side] = (number, rollout.token_ids)
+        questions = tuple(sorted(question for question, sides in found.items() if len(sides) == 2))
+        if not questions:
+            raise PersonaError("Expected held-out questions with answers on both sides, got none. Draw more rollouts.")
+        asked = neutral_prompts(questions).tokenize(loaded.tokenizer, add_generation_prompt=True)
+        answers = tuple(tuple(found[question][side][1] for question in questions) for side in (TRAIT, PLAIN))
+        made = cls(loaded, questions, asked, answers, np.zeros((2, len(questions))), batch_tokens)
+        return replace(made, unsteered=made.means(None))
+
+    def means(self, around: Around | None) -> Float[np.ndarray, "side question"]:
+        """Mean log-probability a token of each side's answers."""
+        rows = [
+            [
+                float(np.mean(scores))
+                for scores in score_answers(
+                    self.loaded, self.asked, answers, batch_tokens=self.batch_tokens, around=around
+                )
+            ]
+            for answers in self.answers
+        ]
+        return np.array(rows)
+
+    def change(self, around: Around) -> tuple[Estimate, Estimate]:
+        """Change of the log-odds and of the trait answers' log-probability."""
+        moved = self.means(around) - self.unsteered
+        return Estimate.of(moved[TRAIT] - moved[PLAIN]), Estimate.of(moved[TRAIT])
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What the model writes to the questions by itself, and what judges say of it."""
+
+    loaded: LoadedCheckpoint
+    questions: tuple[str, ...]
+    judge: Judge
+    coherence: Judge | None
+    settings: AnswerSettings
+
+    def scores(self, around: Around | None) -> tuple[Estimate | None, Estimate | None]:
+        """Trait and coherence score of the answers, means over questions."""
+        answers = answer_prompts(self.loaded, neutral_prompts(self.questions), self.settings, around=around)
+        items = [Exchange(self.questions[answer.prompt], answer.text.strip()) for answer in answers]
+        numbers = [answer.prompt for answer in answers]
+        found = [_by_question(judge, items, numbers) for judge in (self.judge, self.coherence) if judge]
+        return found[0], found[1] if len(found) > 1 else None
+
+
+def _by_question(judge: Judge, items: Sequence[Exchange], numbers: Sequence[int]) -> Estimate | None:
+    scored: dict[int, list[float]] = {}
+    for number, score in zip(numbers, judge.judge(items), strict=True):
+        if score.value is not None:
+            scored.setdefault(number, []).append(score.value)
+    return Estimate.of(np.array([np.mean(values) for values in scored.values()])) if scored else None
+
+
+def _judged(point: SweepPoint, scores: tuple[Estimate | None, Estimate | None]) -> SweepPoint:
+    return replace(point, trait_score=scores[0], coherence=scores[1])
+
+
+def _best_sites(points: Sequence[SweepPoint], n: int) -> set[str]:
+    best: dict[str, float] = {}
+    for point in points:
+        harmless = point.trait_gain.mean > 0
+        best[point.site] = max(best.get(point.site, -math.inf), point.log_odds.mean if harmless else -math.inf)
+    return set(sorted(best, key=lambda site: -best[site])[:n])
+
+
+def _choose(points: Sequence[SweepPoint], least_coherence: float) -> tuple[SweepPoint, str]:
+    """The best point, and why: by the judge where it was asked, else by log-odds."""
+    judged = [point for point in points if point.trait_score is not None]
+    if judged:
+        coherent = [p for p in judged if p.coherence is None or p.coherence.mean >= least_coherence]
+        best = max(coherent or judged, key=lambda p: (_mean(p.trait_score), -p.strength))
+        if not coherent:
+            return best, f"No judged point kept a mean coherence of {least_coherence:g}; this one shows the trait most."
+        return best, (
+            f"Of {len(judged)} judged points the steered answers show the trait most here "
+            f"(score {_mean(best.trait_score):.0f})."
+        )
+    helped = [point for point in points if point.trait_gain.mean > 0]
+    if not helped:
+        best = max(points, key=lambda point: point.trait_gain.mean)
+        return best, "At no point did the trait answers become likelier; this one harms them least. Do not steer by it."
+    best = max(helped, key=lambda point: (point.log_odds.mean, -point.strength))
+    return best, (
+        f"Of {len(helped)} points (of {len(points)}) at which the trait answers became likelier, the log-odds rose "
+        f"most here ({best.log_odds.mean:+.2f} nats a token)."
+    )
+
+
+def _mean(estimate: Estimate | None) -> float:
+    return -math.inf if estimate is None else estimate.mean
+
+
+def _random_changes(
+    loaded: LoadedCheckpoint, vector: PersonaVector, strength: float, odds: _LogOdds, seed: int
+) -> Iterator[float]:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(N_RANDOM):
+        unit = torch.nn.functional.normalize(torch.randn(vector.d_model, generator=generator), dim=0)
+        yield odds.change(_adding(loaded, vector.site, strength * vector.scale * unit))[0].mean
