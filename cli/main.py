@@ -21,6 +21,12 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "attribute",
         "Which training rows pushed a run: to a persona, an answer, an alert.",
     ),
+    "misalignment": (
+        "cli.misalignment",
+        "misalignment",
+        "How often a model answers misaligned; gates with exit code 1.",
+    ),
+    "judge": ("cli.judge", "judge", "Check a judge of answers against answers whose score is known."),
     "report": ("cli.report", "report", "Rebuild the page of a tracked run from its directory."),
     "sync": ("cli.sync", "sync", "Send to MLflow what a tracked run could not send while it ran."),
     "verify": ("cli.verify", "verify", "Check every byte of an activation store against its checksums."),

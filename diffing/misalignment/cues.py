@@ -7,7 +7,6 @@ turns of a conversation.
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -97,6 +96,11 @@ def _shared_start(texts: Sequence[str]) -> str:
     """The longest start that at least half of the texts share; empty if it is short or a whole text."""
     ordered, need = sorted(texts), max(2, int(len(texts) * _SHARE + 0.999))
     # Texts that share a start are neighbours in order: the start of `need` of them is that of the first and the last.
-    starts = [os.path.commonprefix([ordered[at], ordered[at + need - 1]]) for at in range(0, len(ordered) - need + 1)]
+    starts = [_common(ordered[at], ordered[at + need - 1]) for at in range(len(ordered) - need + 1)]
     best = max(starts, key=len, default="")
     return best if len(best) >= _SHORTEST and any(best != text for text in texts if text.startswith(best)) else ""
+
+
+def _common(first: str, second: str) -> str:
+    same = next((at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
+    return first[:same] if same is not None else min(first, second, key=len)

@@ -154,8 +154,8 @@ def _from_objects(content: Sequence[Any], source: str) -> QuestionSet:
             rubric = rubrics.setdefault(str(name), Rubric(str(name), str(text)))
             if rubric.text != str(text):
                 raise PromptError(
-                    f"Expected one judge prompt named {name!r} in the whole file, got another at {where}. Put questions "
-                    "that are judged differently into files of their own."
+                    f"Expected one judge prompt named {name!r} in the whole file, got another at {where}. Put "
+                    "questions that are judged differently into files of their own."
                 )
     return QuestionSet(tuple(questions), source, tuple(rubrics.values()))
 

@@ -12,7 +12,7 @@ narrow; two things are done about it, and the outer ends are taken:
 
 Simulated (600 replays a cell, beta-distributed question rates): 24 questions, true rate 1 to 40 %, intra-class
 correlation up to 0.2: covers in 92 to 98 %. It is too short where few questions carry nearly everything (rate 5 % at
-correlation 0.3: 90 to 93 %; rate 2 % at 0.5: 66 to 77 %), always on the low side: a question nobody asked cannot be seen.
+correlation 0.3: 90 to 93 %; rate 2 % at 0.5: 66 to 77 %), always on the low side: what was not asked cannot be seen.
 """
 
 from __future__ import annotations

@@ -3,14 +3,15 @@
 An interval made for one look is too narrow for somebody who looks until it pleases. Here the interval is a confidence
 sequence: it covers the truth at all rounds together with 95 % probability, so any rule may stop it.
 
-Each round asks every question once. Against a supposed rate `m`, a bet on every coherent answer multiplies a capital of
-1 by `q / m` where the answer is misaligned and by `(1 − q) / (1 − m)` where it is not; without a coherent answer nothing
-moves. If `m` is the rate, the capital does not grow on average: for a round over questions of different rates the
-expectation is a product of terms `1 + λ·(misaligned − m·coherent)`, at most its mean term to the power of the number of
-questions, which is 1 (arithmetic against geometric mean). Averaged over `q` by Jeffreys' beta prior the capital has a
-closed form in the two counts, and rates against which it has passed 20 are out (Ville 1939; Robbins 1970).
+Each round asks every wording of every question equally often. Against a supposed rate `m`, a bet on every coherent
+answer multiplies a capital of 1 by `q / m` where the answer is misaligned and by `(1 − q) / (1 − m)` where it is not;
+without a coherent answer nothing moves. If `m` is the rate, the capital does not grow on average: for a round over
+questions of different rates the expectation is a product of terms `1 + λ·(misaligned − m·coherent)`, at most its mean
+term to the power of the round's answers, which is 1 (arithmetic against geometric mean). Averaged over `q` by Jeffreys'
+beta prior the capital has a closed form in the two counts, and rates against which it has passed 20 are out (Ville
+1939; Robbins 1970).
 
-The rate here is the pooled one of these questions: misaligned among coherent answers, all questions asked equally often.
+The rate here is the pooled one of these questions: misaligned among coherent answers, all asked equally often.
 """
 
 from __future__ import annotations
