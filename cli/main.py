@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "How often a model answers misaligned; gates with exit code 1.",
     ),
     "judge": ("cli.judge", "judge", "Check a judge of answers against answers whose score is known."),
+    "alerts": ("cli.alerts", "alerts", "What stands open in a tracked run, and who has seen it."),
+    "replay-alerts": ("cli.replay_alerts", "replay_alerts", "What other rules would have said of a run that is over."),
     "report": ("cli.report", "report", "Rebuild the page of a tracked run from its directory."),
     "sync": ("cli.sync", "sync", "Send to MLflow what a tracked run could not send while it ran."),
     "verify": ("cli.verify", "verify", "Check every byte of an activation store against its checksums."),

@@ -29,6 +29,7 @@ from attribution import AttributionRow
 from diffing.errors import InputError
 from diffing.persona import Canary, PersonaVector
 from diffing.prompts import PromptSet
+from tracker.alert_life import requested_actions
 from tracker.decision import ACTIONS, Decision
 from tracker.detectors import Detector, EffectFloor, NonFinite
 from tracker.live_cause import ranked_pushes
@@ -36,9 +37,11 @@ from tracker.mlflow_sink import MlflowSink
 from tracker.personas import keep_personas
 from tracker.pipeline import Health
 from tracker.plan import STANDARD_SCHEDULES, Plan, Wanted, make_plan
+from tracker.preventive import PreventiveSteering, RunningSteering
 from tracker.probes.base import Probe, Subject
 from tracker.probes.gradients import SIGNAL as NONFINITE_GRADIENTS
 from tracker.probes.reference import References
+from tracker.rules import RuleSet
 from tracker.schedule import Schedule
 from tracker.session import Session, SessionSettings
 from tracker.signals import Alert
@@ -62,8 +65,9 @@ def default_detectors() -> tuple[Detector, ...]:
 class Tracker:
     """Measures a model while it is trained, records it, and says when someone must know.
 
-    Training is the same, bit for bit, as without it, until an alert asks to stop. What fails while measuring or
-    sending is journalled and counted, and training goes on; only settings that cannot work raise, at `start`.
+    Training is the same, bit for bit, as without it, until an alert asks to stop or an intervention is engaged. What
+    fails while measuring or sending is journalled and counted, and training goes on; only settings that cannot work
+    raise, at `start`.
 
     Args:
         output_dir: the run directory: journal, references, personas, report.
@@ -73,9 +77,13 @@ class Tracker:
         canaries: questions with an aligned and a misaligned answer. None: the shipped ones. Empty: none.
         schedule: when to measure, `every 50` or as `Schedule.parse` reads it; step 0 is always measured.
         detectors: judges of the signals. None: `default_detectors()`.
+        rules: named rules in their place, as a `RuleSet` or its YAML file: who is told of what, with cooldown,
+            inhibition and what each asks of the training. Their receivers join the sinks.
         sinks: where the record goes. None: MLflow. Empty: the journal only.
         on_alert: what an alert does: `log` a warning, `save` a checkpoint, `stop` the training.
         probes: further probes; one of the same name replaces the standard one.
+        intervention: what is done to the activations of training passes (`PreventiveSteering`), from its first step
+            or once `engage` is called. The one thing that changes how the model is trained.
         pushes: read from the training step's own backward how far every row pushes every persona (`LivePush`).
         derived_from: fingerprint of the checkpoint that the model was fine-tuned from before this run, where the
             personas were extracted from that.
@@ -95,9 +103,11 @@ class Tracker:
         canaries: Sequence[Canary] | None = None,
         schedule: Schedule | str = "every 50",
         detectors: Sequence[Detector] | None = None,
+        rules: RuleSet | Path | str | None = None,
         sinks: Sequence[Sink] | None = None,
         on_alert: Sequence[str] = ("log",),
         probes: Sequence[Probe] = (),
+        intervention: PreventiveSteering | None = None,
         pushes: bool = False,
         derived_from: str | None = None,
         strict: bool = False,
@@ -108,13 +118,19 @@ class Tracker:
             raise InputError(f"Expected on_alert out of {', '.join(ACTIONS)}; got {unknown[0]!r}. Use one of these.")
         self.output_dir = Path(output_dir)
         self.wanted = Wanted.check(personas, probe_prompts, canaries, probes, derived_from, pushes=pushes)
+        if rules is not None and detectors is not None:
+            raise InputError("Expected rules or detectors, got both. Put the detectors into the rules.")
         self.on_alert = actions
+        self.rules = RuleSet.load(rules) if isinstance(rules, Path | str) else rules
+        judges = self.rules.detectors() if self.rules else default_detectors() if detectors is None else detectors
+        told = self.rules.sinks() if self.rules else ()
         self._settings = SessionSettings(
             run_dir=self.output_dir,
             schedule=Schedule.parse(schedule),
-            detectors=tuple(default_detectors() if detectors is None else detectors),
-            sinks=tuple((MlflowSink(),) if sinks is None else sinks),
+            detectors=tuple(judges),
+            sinks=(*((MlflowSink(),) if sinks is None else sinks), *told),
             strict=strict,
+            intervention=None if intervention is None else intervention.loaded(),
         )
         self._session: Session | None = None
         self._finalizer: weakref.finalize[..., Tracker] | None = None
@@ -233,6 +249,36 @@ class Tracker:
             self._finalizer()
         self._session = self._finalizer = None
 
+    def engage(self, reason: str = "asked") -> None:
+        """Switches the intervention on from the next training pass; kept over a resume. Harmless when it is on.
+
+        Args:
+            reason: for the record, such as the alert that asked for it.
+
+        Raises:
+            InputError: the tracker was given no intervention, or is not tracking.
+        """
+        session, running = self._intervened()
+        running.engage(session.step, reason)
+
+    def release(self, reason: str = "asked") -> None:
+        """Switches the intervention off; arguments and errors as `engage`."""
+        session, running = self._intervened()
+        running.release(session.step, reason)
+
+    @property
+    def intervention(self) -> RunningSteering | None:
+        """What is done to training passes now; None where nothing was asked for, or nothing is tracked."""
+        return None if self._session is None else self._session.intervention
+
+    def _intervened(self) -> tuple[Session, RunningSteering]:
+        if self._session is None or self._session.intervention is None:
+            raise InputError(
+                "Expected a tracker that runs and was given an intervention, got one without. "
+                "Pass intervention=PreventiveSteering(vectors, from_step=None)."
+            )
+        return self._session, self._session.intervention
+
     def may_decide(self, step: int) -> bool:
         """Whether `end_step` at this step can ask for anything; the same answer in every process of a training."""
         schedules = [self._settings.schedule, *(probe.schedule for probe in self.wanted.probes), *STANDARD_SCHEDULES]
@@ -259,7 +305,7 @@ class Tracker:
     @property
     def intervenes(self) -> bool:
         """Whether an alert asks the training loop for anything."""
-        return bool({"save", "stop"} & set(self.on_alert))
+        return bool({"save", "stop"} & (self.rules.actions if self.rules else frozenset(self.on_alert)))
 
     @property
     def strict(self) -> bool:
@@ -280,10 +326,13 @@ class Tracker:
         alerts, self._pending = [*self._pending, *alerts], []
         if not alerts:
             return Decision()
-        if "log" in self.on_alert:
-            for alert in alerts:
+        asked: set[str] = set()
+        for alert in alerts:
+            actions = requested_actions(alert, self.on_alert)
+            asked |= set(actions)
+            if "log" in actions:
                 _log.warning("%s", describe(alert))
-        decision = Decision(save="save" in self.on_alert, stop="stop" in self.on_alert)
+        decision = Decision(save="save" in asked, stop="stop" in asked)
         self._asked_to_stop |= decision.stop
         return decision
 
@@ -291,9 +340,11 @@ class Tracker:
         return {
             **(config or {}),
             "on_alert": list(self.on_alert),
+            "rules": self.rules.to_json() if self.rules else None,
             "schedule": str(self._settings.schedule),
             "detectors": [str(getattr(one, "rule", type(one).__name__)) for one in self._settings.detectors],
             "probes": [probe.name for probe in plan.probes],
+            **({} if self._settings.intervention is None else {"intervention": self._settings.intervention.settings()}),
             "personas": [f"{vector.trait} {vector.site} {vector.digest[:12]}" for vector in plan.vectors],
             "notes": list(plan.notes),
         }

@@ -62,4 +62,61 @@ class RunEnded:
     status: str
 
 
-Event = RunStarted | StepEnded | CheckpointSaved | RunEnded
+@dataclass(frozen=True)
+class AlertChanged:
+    """An incident came into another state, by judgement of its rule.
+
+    Attributes:
+        step: optimizer step of the measurement that changed it.
+        fingerprint: the incident.
+        rule: name of the rule.
+        signal: name of the signal.
+        state: `pending`, `firing`, `resolved`, or `quiet` where a case was dropped before it fired.
+        alert: id of its alert, empty where it has none.
+    """
+
+    step: int
+    fingerprint: str
+    rule: str
+    signal: str
+    state: str
+    alert: str = ""
+
+
+@dataclass(frozen=True)
+class AlertAcknowledged:
+    """A person has seen an incident; it is kept over resumes.
+
+    Attributes:
+        step: step of the alert that was seen.
+        fingerprint: the incident.
+        by: who.
+        note: what they say of it.
+    """
+
+    step: int
+    fingerprint: str
+    by: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class InterventionChanged:
+    """The training itself was changed on purpose, or no longer is.
+
+    Attributes:
+        step: optimizer steps done; it holds from the next one on.
+        name: what is done (`preventive steering`).
+        engaged: True from here on, False no more.
+        settings: resolved settings, JSON values.
+        reason: `planned`, `asked`, or the alert that asked for it.
+    """
+
+    step: int
+    name: str
+    engaged: bool
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+
+Event = RunStarted | StepEnded | CheckpointSaved | RunEnded | AlertChanged | AlertAcknowledged | InterventionChanged

@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from tracker import journal_rows as rows
-from tracker.events import CheckpointSaved, Event, RunEnded, StepEnded
+from tracker.events import AlertChanged, CheckpointSaved, Event, InterventionChanged, RunEnded, StepEnded
 from tracker.journal_file import (
     JournalCorruptError,
     JournalError,
@@ -128,13 +128,15 @@ class Journal:
                 (number, step, _now_ms(), rows.to_json(config or {})),
             )
             kept = step if step > 0 else -1
+            kinds = [one.__name__ for one in (StepEnded, CheckpointSaved, AlertChanged, InterventionChanged)]
+            marks = ", ".join("?" * len(kinds))
             for table in ("signals", "alerts"):
                 connection.execute(
                     f"UPDATE {table} SET superseded_by = ? WHERE step > ? AND superseded_by IS NULL", (number, kept)
                 )
             connection.execute(
-                "UPDATE events SET superseded_by = ? WHERE step > ? AND superseded_by IS NULL AND kind IN (?, ?)",
-                (number, kept, StepEnded.__name__, CheckpointSaved.__name__),
+                f"UPDATE events SET superseded_by = ? WHERE step > ? AND superseded_by IS NULL AND kind IN ({marks})",
+                (number, kept, *kinds),
             )
         self.attempt = number
         return number

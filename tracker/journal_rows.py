@@ -6,11 +6,20 @@ import json
 import math
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tracker.events import CheckpointSaved, Event, RunEnded, RunStarted, StepEnded
+from tracker.events import (
+    AlertAcknowledged,
+    AlertChanged,
+    CheckpointSaved,
+    Event,
+    InterventionChanged,
+    RunEnded,
+    RunStarted,
+    StepEnded,
+)
 from tracker.signals import Alert, DriftSignal
 
 SIGNAL_COLUMNS = "name, step, value, unit, low, high, n, reference"
@@ -111,6 +120,8 @@ def event_to_row(event: Event) -> tuple[Any, ...]:
             body = {"path": str(event.path)}
         case RunEnded():
             body = {"status": event.status}
+        case AlertChanged() | AlertAcknowledged() | InterventionChanged():
+            body = {name: value for name, value in asdict(event).items() if name != "step"}
     return type(event).__name__, int(event.step), to_json(body)
 
 
@@ -120,7 +131,13 @@ def event_from_row(row: Sequence[Any]) -> Event:
     body = json.loads(text)
     if kind == "CheckpointSaved":
         return CheckpointSaved(step, Path(body["path"]))
-    return {"RunStarted": RunStarted, "StepEnded": StepEnded, "RunEnded": RunEnded}[kind](step, **body)
+    return _PLAIN_EVENTS[kind](step, **body)
+
+
+_PLAIN_EVENTS: dict[str, Callable[..., Event]] = {
+    event.__name__: event
+    for event in (RunStarted, StepEnded, RunEnded, AlertChanged, AlertAcknowledged, InterventionChanged)
+}
 
 
 # What sinks send, in the journal's tables: (table, columns, row -> record).

@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tracker.alert_life import Chronicle
 from tracker.detectors import Detector
-from tracker.events import Event
+from tracker.events import AlertChanged, Event
 from tracker.journal import Journal
 from tracker.signals import Alert, DriftSignal
 from tracker.sinks import RunInfo, Sink
@@ -92,13 +93,17 @@ class Pipeline:
         missed: list[Alert] = []
         try:
             recorded, known = self.journal.signals(), {(alert.id, alert.rule) for alert in self.journal.alerts()}
+            lived = {event for event in self.journal.events() if isinstance(event, AlertChanged)}
         except Exception as error:  # noqa: BLE001  an unreadable journal must not stop training
             self.failure("journal replay", run.step, error)
-            recorded, known = [], set()
+            recorded, known, lived = [], set(), set()
         for signal in recorded:
             missed += [alert for alert in self._judge(signal) if (alert.id, alert.rule) not in known]
         for alert in missed:
             self._record(self.journal.record_alert, alert)
+        for change in self._changes():
+            if change not in lived:
+                self._record(self.journal.record_event, change)
         for sink in self.sinks:
             self._guarded(f"sink {_name(sink)}", run.step, sink.start, run)
         if recorded or missed:
@@ -119,6 +124,8 @@ class Pipeline:
         alerts = [alert for signal in signals for alert in self._judge(signal)]
         for alert in alerts:
             self._record(self.journal.record_alert, alert)
+        for change in self._changes():
+            self._record(self.journal.record_event, change)
         self._wake(max(signal.step for signal in signals))
         return alerts
 
@@ -154,6 +161,9 @@ class Pipeline:
             if alert is not None:
                 alerts.append(self._explained(alert))
         return alerts
+
+    def _changes(self) -> list[AlertChanged]:
+        return [change for one in self.detectors if isinstance(one, Chronicle) for change in one.changes()]
 
     def _explained(self, alert: Alert) -> Alert:
         if self._explain is None:

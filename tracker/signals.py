@@ -63,5 +63,9 @@ class Alert:
 
     @property
     def id(self) -> str:
-        """Stable name, equal after a resume: the same signal firing at the same step is the same alert."""
-        return f"{self.signal.replace('/', '.')}@{self.step}"
+        """Stable name, equal after a resume: the same signal firing at the same step is the same alert.
+
+        Where a named rule raised it, the rule's name follows, since several rules may watch one signal.
+        """
+        rule = self.evidence.get("rule_name")
+        return f"{self.signal.replace('/', '.')}@{self.step}" + (f"~{rule}" if rule else "")
