@@ -35,7 +35,7 @@ class SiteAxes:
 
     def names(self, kind: str) -> list[str]:
         """Signal names, one a column: `persona/<trait>/L<k>/<kind>`."""
-        return [f"persona/{_safe(vector.trait)}/{_place(self.site)}/{kind}" for vector in self.vectors]
+        return [f"persona/{_safe(vector.trait)}/{site_label(self.site)}/{kind}" for vector in self.vectors]
 
 
 def group_axes(model: nn.Module, vectors: Sequence[PersonaVector]) -> tuple[SiteAxes, ...]:
@@ -80,7 +80,8 @@ def _stack(site: ResolvedSite, vectors: tuple[PersonaVector, ...]) -> SiteAxes:
     return SiteAxes(site, vectors, torch.stack(columns, dim=1).float().to(device), origins.float().to(device))
 
 
-def _place(site: ResolvedSite) -> str:
+def site_label(site: ResolvedSite) -> str:
+    """A site as signal names have it: `L2` for `resid:2`."""
     stream = site.site.stream
     if site.layer is None:
         return _safe(site.path)

@@ -17,6 +17,7 @@ from diffing.prompts import PromptSet, TokenBatch, TokenizedPrompts
 from diffing.tap import Tap
 from tracker.probes.axes import SiteAxes, axes_digest, group_axes
 from tracker.probes.base import RunningProbe, Subject
+from tracker.probes.drift_direction import drift_reference, drift_signals
 from tracker.probes.reference import Reference
 from tracker.schedule import Schedule
 from tracker.signals import DriftSignal
@@ -37,6 +38,7 @@ class PersonaPrompts:
         schedule: when, None for the tracker's schedule.
         max_length: tokens a prompt may have.
         batch_tokens: tokens a forward pass, padding included.
+        direction: also measure length and direction of the whole shift (`drift_signals`), in the same pass.
     """
 
     vectors: tuple[PersonaVector, ...]
@@ -44,13 +46,14 @@ class PersonaPrompts:
     schedule: Schedule | None = None
     max_length: int = 512
     batch_tokens: int = 8192
+    direction: bool = False
 
     @property
     def name(self) -> str:
         """Fixed: a run has one."""
         return "persona_prompts"
 
-    def start(self, subject: Subject) -> RunningProbe:
+    def start(self, subject: Subject) -> RunningPersonaPrompts:
         """Tokenises the prompts and measures the reference.
 
         Raises:
@@ -64,7 +67,11 @@ class PersonaPrompts:
         digest = hashlib.sha256(f"{tokens.digest} {axes_digest(axes)}".encode()).hexdigest()
         tap = Tap(subject.model, [one.site.site for one in axes], early_exit=True)
         read = _Reader(tap, axes, batches, len(self.prompts.prompts))
-        return _Running(read, subject.reference(self.name, digest, lambda: {"gaps": read.gaps()}))
+        reference = subject.reference(self.name, digest, lambda: {"gaps": read.gaps(read.last())})
+        if not self.direction:
+            return RunningPersonaPrompts(read, reference)
+        shifts = subject.reference("prompt_shifts", digest, lambda: drift_reference(read.last()))
+        return RunningPersonaPrompts(read, reference, shifts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,33 +81,54 @@ class _Reader:
     batches: tuple[TokenBatch, ...]
     n_prompts: int
 
-    def gaps(self) -> Float[Tensor, "prompt axis"]:
-        """Projections in gaps; the origin is the model's own, so that only differences mean something."""
-        n_axes = sum(len(one.vectors) for one in self.axes)
-        found = torch.empty(self.n_prompts, n_axes, device=device_of(self.tap.model))
+    def last(self) -> list[Float[Tensor, "prompt d_model"]]:
+        """Activations of the last prompt token of every prompt, one tensor a site, on the site's device."""
+        parts: list[list[Tensor]] = []
+        order: list[int] = []
         with self.tap as tap:
             for batch in self.batches:
-                last = torch.tensor(batch.lengths, device=found.device) - 1
-                columns = [
-                    _at(activations, last).float() @ one.directions
-                    for one, activations in zip(self.axes, tap.read(**batch.inputs()), strict=True)
-                ]
-                found[list(batch.prompt_index)] = torch.cat([part.to(found.device) for part in columns], dim=1)
-        return found.cpu()
+                last = torch.tensor(batch.lengths) - 1
+                parts.append([last_activations(site, last).float() for site in tap.read(**batch.inputs())])
+                order += batch.prompt_index
+        places = torch.tensor(order).argsort()
+        return [torch.cat(site)[places.to(site[0].device)] for site in zip(*parts, strict=True)]
+
+    def gaps(self, sites: Sequence[Float[Tensor, "prompt d_model"]]) -> Float[Tensor, "prompt axis"]:
+        """Projections in gaps; the origin is the model's own, so that only differences mean something."""
+        columns = [(rows @ one.directions).cpu() for one, rows in zip(self.axes, sites, strict=True)]
+        return torch.cat(columns, dim=1)
 
 
 @dataclass(frozen=True, eq=False)
-class _Running(RunningProbe):
+class RunningPersonaPrompts(RunningProbe):
+    """The probe bound to a model.
+
+    Attributes:
+        reader: reads the prompts.
+        reference: projections at the start of the run.
+        shifts: mean activations at the start of the run, None where the direction of the drift is not asked for.
+    """
+
     reader: _Reader
     reference: Reference
+    shifts: Reference | None = None
 
     def measure(self, step: int) -> list[DriftSignal]:
-        drift = (self.reader.gaps().double() - self.reference.tensors["gaps"].double()).numpy()
+        """Mean drift of every persona over prompts, and where it was asked for the shift's length and direction."""
+        return self.signals(self.reader.last(), step)
+
+    def signals(self, sites: Sequence[Float[Tensor, "prompt d_model"]], step: int) -> list[DriftSignal]:
+        """What activations of the last prompt token, one tensor a site, say."""
+        drift = (self.reader.gaps(sites).double() - self.reference.tensors["gaps"].double()).numpy()
         names = [name for one in self.reader.axes for name in one.names("prompt")]
-        return [
+        found = [
             paired_signal(name, drift[:, column], step, "gap", self.reference.label)
             for column, name in enumerate(names)
         ]
+        if self.shifts is None:
+            return found
+        rows = [site.cpu() for site in sites]
+        return found + drift_signals(self.reader.axes, rows, self.shifts.tensors, step, self.shifts.label)
 
 
 def paired_signal(name: str, drift: object, step: int, unit: str, reference: str) -> DriftSignal:
@@ -133,7 +161,8 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _at(activations: Float[Tensor, "batch token d_model"], last: Tensor) -> Float[Tensor, "batch d_model"]:
+def last_activations(activations: Float[Tensor, "batch token d_model"], last: Tensor) -> Float[Tensor, "batch d_model"]:
+    """Each row's activation at its own position `last`, `[batch]`."""
     rows = torch.arange(len(last), device=activations.device)
     return activations[rows, last.to(activations.device)]
 

@@ -1,46 +1,22 @@
-"""Does this series mean that someone should know? A detector is a deterministic function of the measurements."""
+"""Is this drift surely larger than a floor?"""
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 from diffing.errors import InputError
+from tracker.detectors.contract import Clock, check_severity, concerns
 from tracker.signals import Alert, DriftSignal
-
-
-@runtime_checkable
-class Detector(Protocol):
-    """Judges signals one by one, each series in order of its steps.
-
-    The same series must give the same alerts: after a resume the journal is replayed into a fresh detector. An
-    exception is journalled by the pipeline and stops neither training nor the other detectors.
-    """
-
-    @property
-    def rule(self) -> str:
-        """Its name and settings in one line, as alerts state them."""
-
-    def observe(self, signal: DriftSignal) -> Alert | None:
-        """Takes one measurement; returns an alert when this one makes the case. Signals of no concern give None."""
 
 
 @dataclass
 class _Stretch:
     """Where one series stands with its floor."""
 
-    last_step: int | None = None
+    clock: Clock = field(default_factory=Clock)
     above: list[DriftSignal] = field(default_factory=list)  # the unbroken stretch above the floor, first `in_a_row`
     fired: bool = False
-
-    def repeats(self, signal: DriftSignal) -> bool:
-        """Whether this step, or a later one, was already judged (a step measured again after a resume)."""
-        if self.last_step is not None and signal.step <= self.last_step:
-            return True
-        self.last_step = signal.step
-        return False
 
 
 @dataclass
@@ -61,6 +37,7 @@ class EffectFloor:
         in_a_row: consecutive measurements needed.
         rearm: fraction of the floor below which the value must fall before the next alert, 0 to 1.
         severity: `warning` or `critical`.
+        name: what to call this rule; its settings where it has none.
 
     Raises:
         InputError: a setting is out of range.
@@ -72,9 +49,11 @@ class EffectFloor:
     in_a_row: int = 2
     rearm: float = 0.8
     severity: str = "warning"
+    name: str = ""
     _series: dict[str, _Stretch] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_severity(self.severity)
         if not (0 <= self.floor < math.inf and self.in_a_row >= 1 and 0 <= self.rearm <= 1):
             raise InputError(
                 f"Expected a finite floor of at least 0, in_a_row of at least 1 and rearm from 0 to 1, got "
@@ -84,8 +63,13 @@ class EffectFloor:
 
     @property
     def rule(self) -> str:
-        """`effect_floor(0.25 gap, 2 in a row)`."""
-        return f"effect_floor({self.floor:g} {self.unit}, {self.in_a_row} in a row)"
+        """`effect_floor(0.25 gap, 2 in a row)`, or its name."""
+        return self.name or f"effect_floor({self.floor:g} {self.unit}, {self.in_a_row} in a row)"
+
+    def standing(self, signal: str) -> str:
+        """`pending` while a series is above the floor, `firing` from its alert until it has fallen, else `quiet`."""
+        series = self._series.get(signal, _Stretch())
+        return "firing" if series.fired else "pending" if series.above else "quiet"
 
     def observe(self, signal: DriftSignal) -> Alert | None:
         """Takes one measurement of any series.
@@ -93,16 +77,11 @@ class EffectFloor:
         Raises:
             InputError: the pattern matches a signal of another unit; its numbers cannot be held against the floor.
         """
-        if not fnmatch.fnmatchcase(signal.name, self.pattern):
+        if not concerns(self.pattern, self.unit, signal):
             return None
-        if signal.unit != self.unit:
-            raise InputError(
-                f"Expected {self.pattern!r} to match signals in {self.unit}, but {signal.name} is in {signal.unit}. "
-                "Narrow the pattern or give the detector that unit."
-            )
         series = self._series.setdefault(signal.name, _Stretch())
         sure = signal.value if signal.low is None else signal.low
-        if series.repeats(signal) or math.isnan(signal.value) or math.isnan(sure):
+        if series.clock.repeats(signal.step) or math.isnan(signal.value) or math.isnan(sure):
             return None
         if signal.value < self.rearm * self.floor:
             series.fired = False
@@ -129,49 +108,4 @@ class EffectFloor:
             since=above[0].step,
             severity=self.severity,
             evidence={"measured": measured, "high": signal.high, "n": signal.n, "reference": signal.reference},
-        )
-
-
-@dataclass
-class NonFinite:
-    """Fires when a signal becomes NaN or infinite, once a stretch; a loss that diverged explains all else.
-
-    Args:
-        pattern: shell pattern on the signal's name. Prefer gradient norms: the Trainer hides NaN losses by default.
-        severity: `warning` or `critical`.
-    """
-
-    pattern: str = "train/*"
-    severity: str = "critical"
-    _series: dict[str, _Stretch] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    @property
-    def rule(self) -> str:
-        """`non_finite`."""
-        return "non_finite"
-
-    def observe(self, signal: DriftSignal) -> Alert | None:
-        """Takes one measurement of any series."""
-        if not fnmatch.fnmatchcase(signal.name, self.pattern):
-            return None
-        series = self._series.setdefault(signal.name, _Stretch())
-        if series.repeats(signal):
-            return None
-        if math.isfinite(signal.value):
-            series.fired = False
-            return None
-        if series.fired:
-            return None
-        series.fired = True
-        return Alert(
-            rule=self.rule,
-            signal=signal.name,
-            step=signal.step,
-            value=signal.value,
-            low=None,
-            threshold=math.inf,
-            unit=signal.unit,
-            since=signal.step,
-            severity=self.severity,
-            evidence={"n": signal.n},
         )

@@ -1,0 +1,9 @@
+"""Does this series mean that someone should know? A detector is a deterministic function of the measurements."""
+
+from __future__ import annotations
+
+from tracker.detectors.contract import Detector
+from tracker.detectors.effect_floor import EffectFloor
+from tracker.detectors.non_finite import NonFinite
+
+__all__ = ["Detector", "EffectFloor", "NonFinite"]
