@@ -15,6 +15,8 @@ from rich.text import Text
 # Types only: importing these brings torch, which `--help` must not wait for.
 if TYPE_CHECKING:
     from diffing.persona import PersonaVector, Projection, Trait
+    from diffing.persona.extraction import Extraction, VectorRow
+    from diffing.persona.sweep import LayerSweep
     from diffing.prompts import PromptSet
 
 
@@ -136,3 +138,49 @@ def show_traits(traits: Sequence[Trait]) -> None:
             trait.description.partition(":")[0],
         )
     Console().print(table)
+
+
+def show_extraction(extraction: Extraction, path: Path, page: Path) -> None:
+    """What was kept, how every layer separates and steers, and which one was chosen."""
+    record, console, warnings = extraction.record, Console(), Console(stderr=True)
+    for what, kept in (("Extraction", record.fitted), ("Held out", record.held_out)):
+        console.print(Text(f"{what}: {kept.sentence}"), soft_wrap=True)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("site", "AUROC", "gap", "random", "p", "steered by", "log-odds", "judged"):
+        table.add_column(heading, justify="left" if heading == "site" else "right", no_wrap=True)
+    for row in record.rows:
+        if row.pooling != record.pooling:
+            continue
+        style = "bold" if row.site == record.site else None
+        table.add_row(*_layer_cells(row), *_steering_cells(record.sweep, row.site), style=style)
+    console.print(table)
+    console.print(
+        f"AUROC [95 % interval] and gap: {record.chosen.separation.n} held-out answers. random: 95th percentile of "
+        "random directions. p: shuffled labels. steered by: gaps added. log-odds: nats a token. judged: 0 to 100.",
+        style="dim",
+    )
+    for note in record.notes:
+        warnings.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
+    for line in _doubts(extraction.chosen):
+        warnings.print(Text(f"Warning: {line}", style="yellow"), soft_wrap=True)
+    console.print(Text(f"Chosen: {record.site}. {record.why}"), soft_wrap=True)
+    console.print(Text(f"Wrote {path}: {_verdict(extraction.chosen)}. See {page}."), soft_wrap=True)
+
+
+def _layer_cells(row: VectorRow) -> tuple[str, ...]:
+    held_out, null = row.separation, row.null
+    return (
+        escape(row.site),
+        f"{held_out.auroc:.2f} [{held_out.low:.2f}, {held_out.high:.2f}]",
+        f"{held_out.gap:.2f}",
+        "-" if null is None else f"{null.random_auroc_95:.2f}",
+        "-" if null is None else f"{null.shuffled_p:.2f}",
+    )
+
+
+def _steering_cells(sweep: LayerSweep | None, site: str) -> tuple[str, str, str]:
+    best = None if sweep is None else sweep.best_at(site)
+    if best is None:
+        return "-", "-", "-"
+    judged = "-" if best.trait_score is None else f"{best.trait_score.mean:.0f}"
+    return f"{best.strength:g}", f"{best.log_odds.mean:+.2f}", judged

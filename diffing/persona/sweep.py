@@ -24,7 +24,7 @@ from diffing.answers import AnswerSettings, Around, answer_prompts, score_answer
 from diffing.checkpoint import LoadedCheckpoint
 from diffing.errors import PersonaError
 from diffing.intervene import Add, Edit, Intervention
-from diffing.judging.judge import Exchange, Judge
+from diffing.judging.judge import LARGEST, Exchange, Judge
 from diffing.persona.contrast import PLAIN, TRAIT
 from diffing.persona.elicit import neutral_prompts
 from diffing.persona.elicited_fit import KeptRollouts
@@ -55,9 +55,12 @@ class Estimate:
     n: int
 
     @classmethod
-    def of(cls, values: Float[np.ndarray, " question"]) -> Estimate:
-        """The mean of one value a question."""
-        return cls(*mean_interval(values.astype(np.float64)), len(values))
+    def of(cls, values: Float[np.ndarray, " question"], *, largest: float | None = None) -> Estimate:
+        """The mean of one value a question; its interval stays within 0 and `largest`, where that is given."""
+        mean, low, high = mean_interval(values.astype(np.float64))
+        if largest is not None and low is not None and high is not None:
+            low, high = max(0.0, low), min(largest, high)
+        return cls(mean, low, high, len(values))
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class LayerSweep:
         unsteered_trait: trait score without steering; None without a judge.
         unsteered_coherence: coherence without steering.
         n_scored: questions behind every point.
+        least_coherence: mean coherence below which a judged point was not chosen.
     """
 
     trait: str
@@ -110,11 +114,17 @@ class LayerSweep:
     unsteered_trait: Estimate | None = None
     unsteered_coherence: Estimate | None = None
     n_scored: int = 0
+    least_coherence: float = 50.0
 
     @property
     def chosen(self) -> SweepPoint:
         """The point at which the trait is brought out best."""
         return next(point for point in self.points if (point.site, point.strength) == (self.site, self.strength))
+
+    def best_at(self, site: str) -> SweepPoint | None:
+        """The best strength at one site, by the same rule as the choice; None where it was not tried."""
+        points = [point for point in self.points if point.site == site]
+        return _choose(points, self.least_coherence)[0] if points else None
 
 
 def sweep_layers(
@@ -187,6 +197,7 @@ def sweep_layers(
         unsteered_trait=unsteered[0],
         unsteered_coherence=unsteered[1],
         n_scored=len(odds.questions),
+        least_coherence=least_coherence,
     )
 
 
@@ -272,7 +283,7 @@ def _by_question(judge: Judge, items: Sequence[Exchange], numbers: Sequence[int]
     for number, score in zip(numbers, judge.judge(items), strict=True):
         if score.value is not None:
             scored.setdefault(number, []).append(score.value)
-    return Estimate.of(np.array([np.mean(values) for values in scored.values()])) if scored else None
+    return Estimate.of(np.array([np.mean(values) for values in scored.values()]), largest=LARGEST) if scored else None
 
 
 def _judged(point: SweepPoint, scores: tuple[Estimate | None, Estimate | None]) -> SweepPoint:
@@ -292,7 +303,7 @@ def _choose(points: Sequence[SweepPoint], least_coherence: float) -> tuple[Sweep
     judged = [point for point in points if point.trait_score is not None]
     if judged:
         coherent = [p for p in judged if p.coherence is None or p.coherence.mean >= least_coherence]
-        best = max(coherent or judged, key=lambda p: (_mean(p.trait_score), -p.strength))
+        best = max(coherent or judged, key=lambda p: (_mean(p.trait_score), -p.strength, p.log_odds.mean))
         if not coherent:
             return best, f"No judged point kept a mean coherence of {least_coherence:g}; this one shows the trait most."
         return best, (

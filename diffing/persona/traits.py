@@ -18,6 +18,8 @@ _FOLDER = Path(str(resources.files("diffing.persona"))) / "traits"
 _SHARED = {"neutral", "canaries"}
 _FOREIGN_KEYS = {"instruction", "eval_prompt"}
 _N_EXTRACTION = 20
+# Folders of persona_vectors: one trait's questions for extraction and for evaluation in files of one name.
+_EXTRACTION, _EVALUATION = "trait_data_extract", "trait_data_eval"
 _T = TypeVar("_T")
 
 
@@ -118,11 +120,13 @@ def load_trait(name: str | Path) -> Trait:
 
     A file may be in this project's schema, or in that of persona_vectors and Assistant Axis (`instruction` with
     `pos` and `neg`, `questions`, `eval_prompt`), which is read unchanged: its first 20 questions are for
-    extraction, the others held out.
+    extraction, the others held out. persona_vectors keeps the held-out ones in a second file: beside
+    `trait_data_extract/evil.json` the questions of `trait_data_eval/evil.json` are read; a file of 20 questions or
+    fewer that stands alone is split in half.
 
     Raises:
         PathMissingError: neither a shipped trait nor a file.
-        PersonaError: the file lacks a key, which is named, or is not JSON.
+        PersonaError: the file lacks a key, which is named, or holds something else there, or is not JSON.
     """
     shipped = _FOLDER / f"{name}.json"
     if str(name) in shipped_traits():
@@ -133,14 +137,18 @@ def load_trait(name: str | Path) -> Trait:
             f"Expected a trait file or one of {', '.join(shipped_traits())}; got {str(name)!r}. "
             "See `palimpsest persona traits`."
         )
-    return _parse(_read_object(path), name=path.stem, source=str(path))
+    other = path.parent.parent / _EVALUATION / path.name
+    held_out: tuple[str, ...] = ()
+    if path.parent.name == _EXTRACTION and other.is_file():
+        held_out = _texts(_read_object(other), "questions", str(other))
+    return _parse(_read_object(path), name=path.stem, source=str(path), held_out=held_out)
 
 
 @functools.cache
 def neutral_probes() -> tuple[str, ...]:
     """Neutral questions on everyday matters: fixed probes on which the drift of any trait is read."""
     value = _read_object(_FOLDER / "neutral.json")
-    return tuple(_take(value, "probes", "neutral.json"))
+    return _texts(value, "probes", "neutral.json")
 
 
 @functools.cache
@@ -156,44 +164,82 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _parse(value: Mapping[str, Any], *, name: str, source: str) -> Trait:
+def parse_trait(value: Mapping[str, Any], *, name: str, source: str) -> Trait:
+    """A trait from the JSON values of a file; see `load_trait`.
+
+    Raises:
+        PersonaError: a key is missing, which is named, or holds something else.
+    """
+    return _parse(value, name=name, source=source)
+
+
+def _parse(value: Mapping[str, Any], *, name: str, source: str, held_out: tuple[str, ...] = ()) -> Trait:
     if _FOREIGN_KEYS & set(value):
-        return _parse_foreign(value, name=name, source=source)
+        return _parse_foreign(value, name=name, source=source, held_out=held_out)
     questions = _take(value, "questions", source)
     if not isinstance(questions, Mapping):
         raise _malformed(source, "questions as {extraction: [...], held_out: [...]}", type(questions).__name__)
     return Trait(
         name=str(value.get("name", name)),
-        description=_take(value, "description", source),
-        rubric=_take(value, "rubric", source),
+        description=_text(value, "description", source),
+        rubric=_rubric(value, "rubric", source),
         instructions=_each(Instruction, _take(value, "instructions", source), source),
-        questions=tuple(_take(questions, "extraction", source)),
-        held_out_questions=tuple(_take(questions, "held_out", source)),
+        questions=_texts(questions, "extraction", source),
+        held_out_questions=_texts(questions, "held_out", source),
         contrasts=_each(Contrast, value.get("contrasts", ()), source),
         source=source,
     )
 
 
-def _parse_foreign(value: Mapping[str, Any], *, name: str, source: str) -> Trait:
-    pairs = _take(value, "instruction", source)
-    questions = tuple(_take(value, "questions", source))
+def _parse_foreign(value: Mapping[str, Any], *, name: str, source: str, held_out: tuple[str, ...]) -> Trait:
+    pairs = _rows(_take(value, "instruction", source), "instruction", source)
+    questions = _texts(value, "questions", source)
+    alone = _N_EXTRACTION if len(questions) > _N_EXTRACTION else -(-len(questions) // 2)
+    n_extraction = len(questions) if held_out else alone
     return Trait(
         name=name,
         description=f"{name.replace('_', ' ')}, as judged by the rubric of {Path(source).name}",
-        rubric=_take(value, "eval_prompt", source),
+        rubric=_rubric(value, "eval_prompt", source),
         instructions=tuple(
-            Instruction(positive=_take(pair, "pos", source), negative=_take(pair, "neg", source)) for pair in pairs
+            Instruction(positive=_text(pair, "pos", source), negative=_text(pair, "neg", source)) for pair in pairs
         ),
-        questions=questions[:_N_EXTRACTION],
-        held_out_questions=questions[_N_EXTRACTION:],
+        questions=questions[:n_extraction],
+        held_out_questions=held_out or questions[n_extraction:],
         contrasts=(),
         source=source,
     )
 
 
-def _each(make: Callable[..., _T], rows: Sequence[Mapping[str, str]], source: str) -> tuple[_T, ...]:
+def _each(make: Callable[..., _T], rows: Any, source: str) -> tuple[_T, ...]:
     names = tuple(make.__dataclass_fields__)  # type: ignore[attr-defined]
-    return tuple(make(**{name: _take(row, name, source) for name in names}) for row in rows)
+    return tuple(make(**{name: _text(row, name, source) for name in names}) for row in _rows(rows, "rows", source))
+
+
+def _rows(value: Any, key: str, source: str) -> Sequence[Any]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise _malformed(source, f"a list of objects as {key!r}", repr(value)[:60])
+    return value
+
+
+def _text(value: Mapping[str, Any], key: str, source: str) -> str:
+    found = _take(value, key, source)
+    if not isinstance(found, str) or not found.strip():
+        raise _malformed(source, f"text as {key!r}", repr(found)[:60])
+    return found
+
+
+def _rubric(value: Mapping[str, Any], key: str, source: str) -> str:
+    found = _text(value, key, source)
+    if "{question}" not in found or "{answer}" not in found:
+        raise _malformed(source, f"a {key!r} with {{question}} and {{answer}} where they go", repr(found)[:60])
+    return found
+
+
+def _texts(value: Mapping[str, Any], key: str, source: str) -> tuple[str, ...]:
+    found = _take(value, key, source)
+    if isinstance(found, str) or not isinstance(found, Sequence) or not all(isinstance(text, str) for text in found):
+        raise _malformed(source, f"a list of texts as {key!r}", repr(found)[:60])
+    return tuple(found)
 
 
 def _take(value: Mapping[str, Any], key: str, source: str) -> Any:

@@ -81,7 +81,7 @@ def test_extract_warns_where_the_interval_includes_one_half(files: Files, tmp_pa
 
 def test_extract_uses_a_shipped_traits_own_words(files: Files, tmp_path: Path) -> None:
     out = tmp_path / "evil.safetensors"
-    result = run(["extract", files["model"], "--trait", "evil", "--json", "--out", str(out)])
+    result = run(["extract", files["model"], "--trait", "evil", "--given", "--json", "--out", str(out)])
     (facts,) = json.loads(result.stdout)
     assert facts["trait"] == "evil"
     assert facts["site"] == "resid:2"
@@ -163,9 +163,9 @@ def test_wrong_input_explains_itself_in_one_line(
         "without persona metadata": ["project", files["model"], "--vector", str(foreign)],
         "Expected a trait file or one of": ["extract", files["model"], "--trait", "wickedness", *out],
         "Give --negative": ["extract", files["model"], "--trait", "x", "--positive", files["positive"], *out],
-        "resid:99": ["extract", files["model"], "--trait", "evil", "--site", "resid:99", *out],
+        "resid:99": ["extract", files["model"], "--trait", "evil", "--given", "--site", "resid:99", *out],
         "missing": ["extract", str(tmp_path / "missing-model"), "--trait", "evil", *out],
-        "cut at 8 tokens": ["extract", files["model"], "--trait", "evil", "--max-length", "8", *out],
+        "cut at 8 tokens": ["extract", files["model"], "--trait", "evil", "--given", "--max-length", "8", *out],
     }
     for words, arguments in cases.items():
         message = fails(arguments)
