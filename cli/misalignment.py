@@ -99,7 +99,7 @@ def misalignment(context: click.Context, **options: Any) -> None:
             if options["only_plan"]:
                 return
             result = planned.run(progress=not options["as_json"], told=told)
-    _write(result, folder, as_json=options["as_json"])
+    _write(result, folder, options["max_rate"], as_json=options["as_json"])
     context.exit(_gate(result, options["max_rate"], options["gate_on"], quiet=options["as_json"]))
 
 
@@ -195,11 +195,11 @@ def _plan_line(questions: int, width: float) -> str:
     return f"Plan: {plan_samples(questions, width)}"
 
 
-def _write(result: MisalignmentResult, folder: Path, *, as_json: bool) -> None:
+def _write(result: MisalignmentResult, folder: Path, max_rate: float | None, *, as_json: bool) -> None:
     from tracker.report.misalignment_page import write_misalignment_report
 
     path = result.save(folder)
-    page = write_misalignment_report(result, folder)
+    page = write_misalignment_report(result, folder, gate=max_rate)
     if as_json:
         click.echo(json.dumps({"page": str(page), **result.to_json()}, sort_keys=True))
         return
