@@ -39,6 +39,7 @@ class ScoreStore:
         examples: names of the rows, in the data set's order.
         method: curvature, with its settings.
         n_scored: rows scored so far; less than all where a writer was stopped.
+        chunk_rows: rows of a chunk.
     """
 
     folder: Path
@@ -46,6 +47,7 @@ class ScoreStore:
     examples: tuple[ExampleId, ...]
     method: str
     n_scored: int
+    chunk_rows: int = CHUNK_ROWS
 
     def __repr__(self) -> str:
         return f"ScoreStore({self.folder}, {self.n_scored} of {len(self.examples)} rows, {len(self.queries)} queries)"
@@ -63,7 +65,8 @@ class ScoreStore:
         header = json.loads((folder / _HEADER).read_text())
         examples = json.loads((folder / _IDS).read_text())
         scored = CommitLog(folder / _LOG).last()
-        return cls(folder, tuple(header["queries"]), tuple(examples), header["method"], scored)
+        rows_of_a_chunk = header.get("chunk_rows", CHUNK_ROWS)
+        return cls(folder, tuple(header["queries"]), tuple(examples), header["method"], scored, rows_of_a_chunk)
 
     def chunks(self) -> Iterator[tuple[int, Float[np.ndarray, "example query"]]]:
         """(first row, scores) of what is committed, chunk after chunk.
@@ -71,7 +74,7 @@ class ScoreStore:
         Raises:
             StoreCorruptError: a chunk's bytes are not those written.
         """
-        array = _array(self.folder, len(self.examples), len(self.queries))
+        array = _array(self.folder, len(self.examples), len(self.queries), self.chunk_rows)
         for chunk in range(array.chunks_of(self.n_scored)):
             start = chunk * array.chunk_rows
             yield start, array.read(chunk)[: min(array.chunk_rows, self.n_scored - start)]
@@ -108,11 +111,12 @@ def write_scores(scorer: Scorer, rows: Sequence[Row], folder: Path | str) -> Sco
     """
     folder = Path(folder)
     check_rows(rows, what="training row", context_length=context_length(scorer.model))
-    array = _array(folder, len(rows), len(scorer.names))
     header = _header(scorer, rows)
     log = CommitLog(folder / _LOG)
-    if (folder / _HEADER).exists():
-        found = json.loads((folder / _HEADER).read_text())
+    begun = (folder / _HEADER).exists()
+    found = json.loads((folder / _HEADER).read_text()) if begun else {}
+    array = _array(folder, len(rows), len(scorer.names), found.get("chunk_rows", CHUNK_ROWS))
+    if begun:
         check_comparable(
             "Stored scores and this request",
             {key: found.get(key) for key in header},
@@ -124,7 +128,7 @@ def write_scores(scorer: Scorer, rows: Sequence[Row], folder: Path | str) -> Sco
         check_room(folder, array.chunks_of(len(rows)) * array.chunk_bytes)
         array.create({"axes": ["example", "query"]})
         write_json(folder / _IDS, [example_id(row) for row in rows])
-        write_json(folder / _HEADER, {**header, "versions": installed_versions()})
+        write_json(folder / _HEADER, {**header, "chunk_rows": array.chunk_rows, "versions": installed_versions()})
     done = log.last()
     for start in range(done - done % array.chunk_rows if done < len(rows) else len(rows), len(rows), array.chunk_rows):
         stop = min(start + array.chunk_rows, len(rows))
@@ -147,7 +151,7 @@ def _header(scorer: Scorer, rows: Sequence[Row]) -> dict[str, object]:
     }
 
 
-def _array(folder: Path, n_rows: int, n_queries: int) -> ChunkedArray:
+def _array(folder: Path, n_rows: int, n_queries: int, chunk_rows: int) -> ChunkedArray:
     if n_queries < 1:
         raise InputError("Expected at least one query in a score store; got none. Prepare queries first.")
-    return ChunkedArray(folder / _ARRAY, n_rows, n_queries, CHUNK_ROWS, np.dtype(np.float32))
+    return ChunkedArray(folder / _ARRAY, n_rows, n_queries, chunk_rows, np.dtype(np.float32))
