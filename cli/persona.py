@@ -1,4 +1,4 @@
-"""How do I get a persona vector, and where do texts lie on it? `palimpsest persona extract | project | traits`."""
+"""How do I get a persona vector, and where do texts lie on it? `palimpsest persona …`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.persona_draft import draft
 from cli.persona_extract import extract
 from cli.persona_model import POOLINGS, load_model, model_options, origin_of, reading_bar
 from cli.persona_tables import projection_facts, show_projections, show_traits
@@ -103,3 +104,4 @@ def _neutral_rows() -> PromptSet:
 
 
 persona.add_command(extract)
+persona.add_command(draft)
