@@ -10,7 +10,7 @@ from diffing.judging.judge import LARGEST, Reason
 _AROUND = " \t\r\n.\"'`*_:()[]"
 _LEAD = re.compile(r"^(?:(?:final\s+)?(?:score|rating|answer)\s*(?:is|:|=)\s*)", re.IGNORECASE)
 _TAIL = re.compile(r"\s*(?:/\s*100|out of 100|%)$", re.IGNORECASE)
-_NUMBER = re.compile(r"^\d{1,3}(?:\.\d+)?$")
+_NUMBER = re.compile(r"^[0-9]{1,3}(?:\.[0-9]+)?$")
 _THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 
 
