@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from diffing.errors import InputError, PalimpsestError
 from tracker.detectors import Detector
 from tracker.events import CheckpointSaved, RunEnded, RunStarted
+from tracker.interventions import intervention_spans
 from tracker.journal import Journal
 from tracker.pipeline import Pipeline
 from tracker.plan import Plan
+from tracker.preventive import PreventiveSteering, RunningSteering
 from tracker.probes.base import Probe, RunningProbe, Subject
 from tracker.probes.reference import read_tensors, write_tensors
+from tracker.processes import n_processes
 from tracker.report import write_run_report
 from tracker.schedule import Schedule
 from tracker.signals import Alert, DriftSignal
@@ -58,6 +61,7 @@ class SessionSettings:
         detectors: judges; copied, since they remember.
         sinks: where the record goes.
         strict: raise what would otherwise be journalled.
+        intervention: what is done to training passes, None for nothing.
     """
 
     run_dir: Path
@@ -65,6 +69,7 @@ class SessionSettings:
     detectors: tuple[Detector, ...]
     sinks: tuple[Sink, ...]
     strict: bool
+    intervention: PreventiveSteering | None = None
 
 
 class Session:
@@ -87,6 +92,7 @@ class Session:
             self.journal, copy.deepcopy(settings.detectors), settings.sinks, explain=self._evidence
         )
         self._config = config
+        self.intervention: RunningSteering | None = None
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -106,6 +112,7 @@ class Session:
         for probe in plan.probes:
             self._start_probe(probe, subject, named=probe.name in plan.named)
         self._restore_state()
+        self._start_intervention(subject)
         run = RunInfo(self.run_dir, self.attempt, self.step, config=self._config, **plan.run_info(self.run_dir))
         alerts = self.pipeline.start(run)
         self.pipeline.event(RunStarted(self.step, self.attempt, self._config))
@@ -126,6 +133,19 @@ class Session:
             return
         self._watched.append(_Watched(probe.name, probe.schedule or self.settings.schedule, running))
 
+    def _start_intervention(self, subject: Subject) -> None:
+        settings = self.settings.intervention
+        if settings is None:
+            return
+        if subject.compiled or n_processes() > 1:
+            raise InputError(
+                "Expected a training in one process without torch.compile, since an intervention acts by hooks in this "
+                "process. Leave it out, or train without these."
+            )
+        # After the probes, so that what they read at a site is what its module made.
+        earlier = intervention_spans(self.journal) if self.step else ()
+        self.intervention = settings.start(subject.model, record=self.pipeline.event, earlier=earlier)
+
     def _restore_state(self) -> None:
         path = self._state_path(self.step)
         if self.step == 0 or not path.is_file():
@@ -145,6 +165,8 @@ class Session:
 
     def begin_step(self) -> None:
         """Forward passes of a training step follow."""
+        if self.intervention is not None:
+            self.intervention.begin_step(self.step)
         for watched in self._watched:
             if not watched.off:
                 self._guarded(watched, watched.running.begin_step)
@@ -167,6 +189,8 @@ class Session:
             alerts raised now.
         """
         self.step = step
+        if self.intervention is not None:
+            self.intervention.end_step()
         for watched in self._watched:
             if not watched.off:
                 self._guarded(watched, watched.running.end_step)
@@ -234,6 +258,8 @@ class Session:
         if self.ended or os.getpid() != self._process:
             return
         self.ended = True
+        if self.intervention is not None:
+            self.intervention.close()
         for watched in self._watched:
             self._guarded(watched, watched.running.close)
         self.pipeline.event(RunEnded(self.step, status))
