@@ -264,7 +264,7 @@ def _kappa(rows: Float[np.ndarray, "row 2"]) -> float:
 def _spearman(rows: Float[np.ndarray, "row 2"]) -> float:
     if len(rows) < 3 or min(len(np.unique(rows[:, 0])), len(np.unique(rows[:, 1]))) < 2:
         return math.nan
-    return float(stats.spearmanr(rows[:, 0], rows[:, 1]).statistic)
+    return float(np.corrcoef(stats.rankdata(rows, axis=0), rowvar=False)[0, 1])
 
 
 def _bin_numbers(said: Float[np.ndarray, " row"]) -> np.ndarray:
