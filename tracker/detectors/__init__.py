@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from tracker.detectors.contract import Detector
+from tracker.detectors.e_detector import EDetector
+from tracker.detectors.e_family import EFamily
 from tracker.detectors.effect_floor import EffectFloor
 from tracker.detectors.non_finite import NonFinite
 
-__all__ = ["Detector", "EffectFloor", "NonFinite"]
+__all__ = ["Detector", "EDetector", "EFamily", "EffectFloor", "NonFinite"]

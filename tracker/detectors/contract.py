@@ -51,9 +51,7 @@ def concerns(pattern: str, unit: str | None, signal: DriftSignal) -> bool:
 def check_severity(severity: str) -> None:
     """Raises InputError where the severity is none of `SEVERITIES`."""
     if severity not in SEVERITIES:
-        raise InputError(
-            f"Expected a severity out of {', '.join(SEVERITIES)}, got {severity!r}. Write one of these."
-        )
+        raise InputError(f"Expected a severity out of {', '.join(SEVERITIES)}, got {severity!r}. Write one of these.")
 
 
 class Clock:

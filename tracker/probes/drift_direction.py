@@ -1,7 +1,8 @@
 """Which way does the model drift at neutral prompts: towards a persona, or elsewhere?
 
 A projection says how far the model went towards a persona, not how much of its way led there: a fine-tune that moves
-everything also moves the projection. Two numbers complete it: how long the whole shift is, and its angle to the persona.
+everything also moves the projection. Two numbers complete it: the length of the whole shift, and its angle to
+the persona.
 """
 
 from __future__ import annotations
