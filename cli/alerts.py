@@ -20,11 +20,24 @@ if TYPE_CHECKING:
 @click.option("--ack", metavar="ID", help="Acknowledge an incident, by its fingerprint or the id of an alert.")
 @click.option("--note", default="", help="What you say of it; kept with the acknowledgement.")
 @click.option("--by", default=None, help="Who acknowledges.  [default: the user's name]")
+@click.option(
+    "--deliver",
+    type=click.Path(path_type=Path),
+    metavar="RULES",
+    help="Tell the receivers of this rule file what they could not be told while the run went on.",
+)
 @click.option("--gate", is_flag=True, help="Exit with 1 while anything fires that nobody acknowledged.")
 @click.option("--stale", type=float, metavar="SECONDS", help="Exit with 1 where a run that has not ended fell silent.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for machines.")
 def alerts(
-    run_dir: Path, ack: str | None, note: str, by: str | None, gate: bool, stale: float | None, as_json: bool
+    run_dir: Path,
+    ack: str | None,
+    note: str,
+    by: str | None,
+    deliver: Path | None,
+    gate: bool,
+    stale: float | None,
+    as_json: bool,
 ) -> None:
     """List the incidents of the tracked run in RUN_DIR: pending, firing, acknowledged, resolved.
 
@@ -36,6 +49,7 @@ def alerts(
 
     if ack is not None:
         _acknowledge(run_dir, ack, by or getpass.getuser(), note)
+    undelivered = _deliver(run_dir, deliver) if deliver is not None else []
     with Journal.read(run_dir) as journal:
         found = incidents(journal.alerts(), journal.events())
         last, attempts = journal.last_ms(), journal.attempts()
@@ -50,7 +64,9 @@ def alerts(
         _show(found)
         if silent:
             click.echo(f"Silent: nothing was recorded for {age:.0f} s, and the run has not ended.")
-    if (gate and loud) or silent:
+    for said in undelivered:
+        click.echo(said, err=True)
+    if (gate and loud) or silent or undelivered:
         sys.exit(1)
 
 
@@ -68,6 +84,19 @@ def _acknowledge(run_dir: Path, which: str, by: str, note: str) -> None:
                 return
         known = ", ".join(one.alerts[-1].id for one in found if one.alerts) or "none"
         raise InputError(f"Expected an alert of {run_dir} for --ack, got {which!r}. Known: {known}.")
+
+
+def _deliver(run_dir: Path, rules: Path) -> list[str]:
+    """What could still not be sent, one line a receiver."""
+    from tracker.rules import RuleSet
+
+    failed = []
+    for sink in RuleSet.load(rules).sinks():
+        drained = sink.drain(run_dir)
+        click.echo(f"{sink.receiver.name}: {drained.sent} sent.", err=True)
+        if drained.failed is not None:
+            failed.append(f"{sink.receiver.name}: not reached, {drained.failed.reason}. Try again later.")
+    return failed
 
 
 def _facts(one: Incident) -> dict[str, Any]:

@@ -100,7 +100,14 @@ class RuleDetector:
         """Takes one measurement; an alert carries the rule's name, fingerprint, actions and why it is muted."""
         found = self.detector.observe(signal)
         alert = None if found is None else self._named(found)
-        self._follow(signal if found is None else dataclasses.replace(signal, name=found.signal), alert)
+        if alert is not None:
+            self._alert[alert.signal] = alert.id
+            self._follow(alert.signal, signal.step, fired=True)
+        # A detector may judge something else than the signal that it was just given, such as that another is missing.
+        waiting = [name for name, stands in self._stands.items() if stands != QUIET]
+        for name in dict.fromkeys([signal.name, *waiting]):
+            if alert is None or name != alert.signal:
+                self._follow(name, signal.step)
         return alert
 
     def changes(self) -> list[AlertChanged]:
@@ -129,34 +136,22 @@ class RuleDetector:
             return f"cooldown of {self.cooldown} steps since step {last}"
         return None
 
-    def _follow(self, signal: DriftSignal, alert: Alert | None) -> None:
-        before = self._stands.get(signal.name, QUIET)
-        if alert is not None:
+    def _follow(self, name: str, step: int, *, fired: bool = False) -> None:
+        before = self._stands.get(name, QUIET)
+        now = before
+        if fired:
             now = FIRING
-            self._alert[signal.name] = alert.id
         elif isinstance(self.detector, Standing):
-            now = self.detector.standing(signal.name)
-        else:
-            now = before
+            now = self.detector.standing(name)
         open_ = self.firings.open.setdefault(self.name, set())
-        (open_.add if now == FIRING else open_.discard)(signal.name)
-        self._stands[signal.name] = now
-        if now != before or alert is not None:
-            state = RESOLVED if now == QUIET and before == FIRING else now
-            if state != QUIET or before == PENDING:
-                self._record(signal, state)
+        (open_.add if now == FIRING else open_.discard)(name)
+        self._stands[name] = now
+        if now != before or fired:
+            self._record(name, step, RESOLVED if (before, now) == (FIRING, QUIET) else now)
 
-    def _record(self, signal: DriftSignal, state: str) -> None:
-        self._changes.append(
-            AlertChanged(
-                step=signal.step,
-                fingerprint=fingerprint(self.name, signal.name),
-                rule=self.name,
-                signal=signal.name,
-                state=state,
-                alert="" if state in (PENDING, QUIET) else self._alert.get(signal.name, ""),
-            )
-        )
+    def _record(self, name: str, step: int, state: str) -> None:
+        alert = "" if state in (PENDING, QUIET) else self._alert.get(name, "")
+        self._changes.append(AlertChanged(step, fingerprint(self.name, name), self.name, name, state, alert))
 
 
 @dataclass(frozen=True)

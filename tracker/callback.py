@@ -20,7 +20,7 @@ from transformers import (
 from diffing.errors import InputError, PalimpsestError
 from tracker.checkpoint_folder import find_checkpoint, why_incomplete
 from tracker.core import Tracker
-from tracker.decision import Decision
+from tracker.decision import EXIT_CODE, Decision
 from tracker.processes import agree, n_processes
 
 _log = logging.getLogger(__name__)
@@ -122,6 +122,9 @@ class CheckpointTracker(TrainerCallback):
             for step in sorted({state.global_step - 1, state.global_step} - self._saved):
                 self._record_checkpoint(args, step, expected=False)
         self.tracker.end()
+        if self.tracker.must_exit:
+            _log.error("An alert asked this script to fail: palimpsest alerts %s", self.tracker.output_dir)
+            raise SystemExit(EXIT_CODE)
 
     # -- one step ------------------------------------------------------------------------------------------------
 

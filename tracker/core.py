@@ -80,7 +80,8 @@ class Tracker:
         rules: named rules in their place, as a `RuleSet` or its YAML file: who is told of what, with cooldown,
             inhibition and what each asks of the training. Their receivers join the sinks.
         sinks: where the record goes. None: MLflow. Empty: the journal only.
-        on_alert: what an alert does: `log` a warning, `save` a checkpoint, `stop` the training.
+        on_alert: what an alert does: `log` a warning, `save` a checkpoint, `stop` the training, `exit` with code 3
+            once the run has ended (a Trainer's script ends where `train` would return).
         probes: further probes; one of the same name replaces the standard one.
         intervention: what is done to the activations of training passes (`PreventiveSteering`), from its first step
             or once `engage` is called. The one thing that changes how the model is trained.
@@ -121,6 +122,7 @@ class Tracker:
         if rules is not None and detectors is not None:
             raise InputError("Expected rules or detectors, got both. Put the detectors into the rules.")
         self.on_alert = actions
+        self.must_exit = False  # whether an alert asked the script to fail
         self.rules = RuleSet.load(rules) if isinstance(rules, Path | str) else rules
         judges = self.rules.detectors() if self.rules else default_detectors() if detectors is None else detectors
         told = self.rules.sinks() if self.rules else ()
@@ -330,6 +332,7 @@ class Tracker:
         for alert in alerts:
             actions = requested_actions(alert, self.on_alert)
             asked |= set(actions)
+            self.must_exit |= "exit" in actions
             if "log" in actions:
                 _log.warning("%s", describe(alert))
         decision = Decision(save="save" in asked, stop="stop" in asked)

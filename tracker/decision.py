@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ACTIONS = ("log", "save", "stop")
+ACTIONS = ("log", "save", "stop", "exit")
+EXIT_CODE = 3  # of a training script that an alert asked to fail
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ class Silence:
         return f"silence({self.steps} steps)"
 
     def standing(self, signal: str) -> str:
-        """`firing` while it is silent, else `quiet`."""
-        return "firing" if self._fired else "quiet"
+        """`firing` for the pattern itself while nothing that matches is measured, else `quiet`."""
+        return "firing" if self._fired and signal == self.pattern else "quiet"
 
     def observe(self, signal: DriftSignal) -> Alert | None:
         """Takes one measurement of any series; a step measured again after a resume changes nothing."""

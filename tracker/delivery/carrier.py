@@ -18,6 +18,10 @@ from urllib.parse import urlsplit
 _REPLY_BYTES = 4096
 
 
+class PrivateAddressError(Exception):
+    """The peer is not in the open internet. No OSError: urllib3 would take it for a broken connection."""
+
+
 def main() -> None:
     """Carries out one request and says how it went: `{"sent", "retry", "reason"}`."""
     request = json.loads(sys.stdin.readline())
@@ -53,7 +57,7 @@ def post(request: dict[str, Any]) -> dict[str, Any]:
             peer = connected.getpeername()[0]
             if not trusted and not is_public(peer):
                 connected.close()
-                raise PermissionError("private")
+                raise PrivateAddressError
             return connected
 
     class CheckedPool(HTTPSConnectionPool):
@@ -68,7 +72,7 @@ def post(request: dict[str, Any]) -> dict[str, Any]:
             "POST", target, body=request["body"].encode(), headers=request["headers"], redirect=False,
             preload_content=False,
         )  # fmt: skip
-    except PermissionError:
+    except PrivateAddressError:
         return _failed("the name resolves to an address in a private network", retry=False)
     answer.read(_REPLY_BYTES)
     answer.close()
