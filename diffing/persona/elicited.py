@@ -297,12 +297,12 @@ class Elicitation:
             site=sweep.site if sweep else best.site,
             pooling=POOLINGS[0],
             why=sweep.why if sweep else "Steering was not tried: this layer separates held-out answers best.",
-            notes=tuple(self._notes(fitted.counts)),
+            notes=tuple(self._notes(fitted.counts, vectors)),
             examples=tuple(_examples(held_out)),
             settings=json.loads(json.dumps(asdict(self.settings))),
         )
 
-    def _notes(self, counts: Kept) -> Iterator[str]:
+    def _notes(self, counts: Kept, vectors: Sequence[PersonaVector]) -> Iterator[str]:
         if not counts.judge:
             yield "No judge read the answers: pairs in which the model did not do as told are among them."
         elif not counts.coherence_judge:
@@ -314,6 +314,9 @@ class Elicitation:
         if not is_chat(self.loaded.tokenizer):
             n = min(self.settings.shots, len(self.trait.contrasts))
             yield f"The tokenizer has no chat template: the model read dialogues with {n} examples, one line a turn."
+        missing = len(POOLINGS) * len(self._sites()) - len(vectors)
+        if missing:
+            yield f"{missing} vectors of the prompt are left out: there both sides read the same."
         yield from self.fitted.tokenized.notes
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool
 
 from diffing.checkpoint import LoadedCheckpoint
 from diffing.errors import PersonaError
-from diffing.persona.contrast import ContrastSums, HeldOutScores
+from diffing.persona.contrast import ContrastFit, ContrastSums, HeldOutScores
 from diffing.persona.extract import fitted_vector
 from diffing.persona.keep import Kept
 from diffing.persona.pooling import POOLINGS, CountedProgress, Progress, answered_rows
@@ -75,7 +75,10 @@ def fit_rollouts(
     config: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> list[PersonaVector]:
-    """One vector for every pooling and site: `vectors[pooling * len(sites) + site]`.
+    """One vector for every pooling and site, poolings one after the other, sites in the order given.
+
+    Left out is a site at which a pooling of the prompt reads the same on both sides, such as the token before the
+    answer in a first block whose attention window does not reach the system prompt.
 
     Args:
         loaded: the model that wrote the rollouts.
@@ -83,14 +86,15 @@ def fit_rollouts(
         held_out: rollouts on other questions, to measure separation on.
         trait: name for the vectors.
         sites: where to fit.
-        poolings: which of `POOLINGS`.
+        poolings: which of `POOLINGS`; the first must have a direction at every site.
         seed: fixes the nulls.
         batch_tokens: most tokens a forward pass; fewer where many sites of a wide model are read at once.
         config: what the vectors' provenance records besides.
         progress: called with rows read and rows in all.
 
     Raises:
-        PersonaError: too few pairs were kept, both sides read the same at a site, or activations are not finite.
+        PersonaError: too few pairs were kept, both sides' answers read the same at a site, or activations are not
+            finite.
 
     Cost: one forward pass over the kept rollouts, stopped after the deepest site. Memory: one batch, and for each
     site and pooling 102 float64 vectors and 201 numbers a held-out answer.
@@ -105,24 +109,40 @@ def fit_rollouts(
     def feed(kept: KeptRollouts, updates: Sequence[Callable[..., None]]) -> None:
         _feed(loaded, kept, updates, names, poolings, seed=seed, batch_tokens=batch_tokens, counted=counted)
 
-    sums = [ContrastSums() for _ in range(len(poolings) * len(names))]
+    every = [(pooling, site) for pooling in poolings for site in resolved]
+    sums = [ContrastSums() for _ in every]
     feed(fitted, [part.update for part in sums])
-    fits = [part.fit() for part in sums]
-    scores = [HeldOutScores(fit, seed=seed) for fit in fits]
-    feed(held_out, [part.update for part in scores])
-    provenance = [_provenance(loaded, fitted, held_out, names, pooling, seed, config) for pooling in poolings]
+    fits = [_fit(part, needed=pooling == poolings[0]) for part, (pooling, _) in zip(sums, every, strict=True)]
+    scores = [None if fit is None else HeldOutScores(fit, seed=seed) for fit in fits]
+    feed(held_out, [_unread if part is None else part.update for part in scores])
+    provenance = {pooling: _provenance(loaded, fitted, held_out, names, pooling, seed, config) for pooling in poolings}
     return [
         fitted_vector(
             trait,
-            resolved[number % len(names)],
+            site,
             fit,
             score,
-            pooling=poolings[number // len(names)],
+            pooling=pooling,
             n_questions=held_out.n_questions,
-            provenance=provenance[number // len(names)],
+            provenance=provenance[pooling],
         )
-        for number, (fit, score) in enumerate(zip(fits, scores, strict=True))
+        for (pooling, site), fit, score in zip(every, fits, scores, strict=True)
+        if fit is not None and score is not None
     ]
+
+
+def _fit(sums: ContrastSums, *, needed: bool) -> ContrastFit | None:
+    """The direction; None where both sides read the same and nobody depends on it."""
+    try:
+        return sums.fit()
+    except PersonaError:
+        if needed:
+            raise
+        return None
+
+
+def _unread(*_: object) -> None:
+    """Takes rows at a site and pooling that have no direction."""
 
 
 def _feed(
