@@ -30,7 +30,7 @@ from diffing.errors import InputError
 from diffing.persona import Canary, PersonaVector
 from diffing.prompts import PromptSet
 from tracker.alert_life import requested_actions
-from tracker.decision import ACTIONS, Decision
+from tracker.decision import ACTIONS, Decision, WantedRecovery
 from tracker.detectors import Detector, EffectFloor, NonFinite
 from tracker.live_cause import ranked_pushes
 from tracker.mlflow_sink import MlflowSink
@@ -50,6 +50,10 @@ from tracker.training_logs import signals_from_logs
 from tracker.undisturbed import undisturbed
 
 _log = logging.getLogger(__name__)
+_NO_INTERVENTION = (
+    "Expected a tracker that runs and was given an intervention, got one without. "
+    "Pass intervention=PreventiveSteering(vectors, from_step=None)."
+)
 
 
 def default_detectors() -> tuple[Detector, ...]:
@@ -81,7 +85,8 @@ class Tracker:
             inhibition and what each asks of the training. Their receivers join the sinks.
         sinks: where the record goes. None: MLflow. Empty: the journal only.
         on_alert: what an alert does: `log` a warning, `save` a checkpoint, `stop` the training, `exit` with code 3
-            once the run has ended (a Trainer's script ends where `train` would return).
+            once the run has ended (a Trainer's script ends where `train` would return), `steer`: switch the
+            intervention on; `rollback` and `drop` as `train_with_recovery` says, which stop a plain training.
         probes: further probes; one of the same name replaces the standard one.
         intervention: what is done to the activations of training passes (`PreventiveSteering`), from its first step
             or once `engage` is called. The one thing that changes how the model is trained.
@@ -123,7 +128,11 @@ class Tracker:
             raise InputError("Expected rules or detectors, got both. Put the detectors into the rules.")
         self.on_alert = actions
         self.must_exit = False  # whether an alert asked the script to fail
+        self.wanted_recovery: WantedRecovery | None = None  # what `train_with_recovery` is to do next
+        self._engage_for = ""  # the alert for which the intervention is on when the next attempt starts
         self.rules = RuleSet.load(rules) if isinstance(rules, Path | str) else rules
+        if intervention is None and "steer" in (self.rules.actions if self.rules else actions):
+            raise InputError(_NO_INTERVENTION)
         judges = self.rules.detectors() if self.rules else default_detectors() if detectors is None else detectors
         told = self.rules.sinks() if self.rules else ()
         self._settings = SessionSettings(
@@ -184,8 +193,11 @@ class Tracker:
         except BaseException:
             session.abandon()
             raise
-        self._session, self._asked_to_stop = session, False
+        self._session, self._asked_to_stop, self.wanted_recovery = session, False, None
         self._finalizer = weakref.finalize(self, session.abandon)
+        if self._engage_for:
+            self.engage(self._engage_for)
+            self._engage_for = ""
 
     def begin_step(self) -> None:
         """Forward passes of a training step follow, until `end_step`."""
@@ -263,6 +275,22 @@ class Tracker:
         session, running = self._intervened()
         running.engage(session.step, reason)
 
+    def engage_at_start(self, reason: str) -> None:
+        """Has the intervention switched on when the next attempt at the run starts.
+
+        Raises:
+            InputError: the tracker was given no intervention.
+        """
+        if self._settings.intervention is None:
+            raise InputError(_NO_INTERVENTION)
+        self._engage_for = reason
+
+    def _steer(self, alert: Alert) -> None:
+        try:
+            self.engage(alert.id)
+        except InputError as error:
+            self.failure("action steer", error)
+
     def release(self, reason: str = "asked") -> None:
         """Switches the intervention off; arguments and errors as `engage`."""
         session, running = self._intervened()
@@ -275,10 +303,7 @@ class Tracker:
 
     def _intervened(self) -> tuple[Session, RunningSteering]:
         if self._session is None or self._session.intervention is None:
-            raise InputError(
-                "Expected a tracker that runs and was given an intervention, got one without. "
-                "Pass intervention=PreventiveSteering(vectors, from_step=None)."
-            )
+            raise InputError(_NO_INTERVENTION)
         return self._session, self._session.intervention
 
     def may_decide(self, step: int) -> bool:
@@ -307,7 +332,9 @@ class Tracker:
     @property
     def intervenes(self) -> bool:
         """Whether an alert asks the training loop for anything."""
-        return bool({"save", "stop"} & (self.rules.actions if self.rules else frozenset(self.on_alert)))
+        return bool(
+            {"save", "stop", "rollback", "drop"} & (self.rules.actions if self.rules else frozenset(self.on_alert))
+        )
 
     @property
     def strict(self) -> bool:
@@ -333,9 +360,13 @@ class Tracker:
             actions = requested_actions(alert, self.on_alert)
             asked |= set(actions)
             self.must_exit |= "exit" in actions
+            if self.wanted_recovery is None and {"rollback", "drop"} & set(actions):
+                self.wanted_recovery = WantedRecovery(alert, frozenset(actions))
+            elif "steer" in actions:
+                self._steer(alert)
             if "log" in actions:
                 _log.warning("%s", describe(alert))
-        decision = Decision(save="save" in asked, stop="stop" in asked)
+        decision = Decision(save="save" in asked, stop=bool(asked & {"stop", "rollback", "drop"}))
         self._asked_to_stop |= decision.stop
         return decision
 

@@ -4,8 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ACTIONS = ("log", "save", "stop", "exit")
+from tracker.signals import Alert
+
+# `rollback` and `drop` stop the training; `train_with_recovery` goes on from there.
+ACTIONS = ("log", "save", "stop", "exit", "steer", "rollback", "drop")
 EXIT_CODE = 3  # of a training script that an alert asked to fail
+
+
+@dataclass(frozen=True)
+class WantedRecovery:
+    """What an alert asked for that a stopped training has to do before it goes on.
+
+    Attributes:
+        alert: the first that asked.
+        actions: `rollback` or `drop`, and `steer` where that was asked as well.
+    """
+
+    alert: Alert
+    actions: frozenset[str]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class InterventionSpan:
     ended_by: str = ""
 
     def __str__(self) -> str:
+        if "vectors" not in self.settings:
+            return f"{self.name} at step {self.start} ({self.reason})"
         until = "to the end" if self.stop is None else f"to step {self.stop}"
         strength = self.settings.get("strength")
         said = f"strength {strength:g}" if isinstance(strength, int | float) else f"strengths {strength}"
@@ -57,9 +59,8 @@ def intervention_spans(run: Journal | Path | str) -> tuple[InterventionSpan, ...
             continue
         if event.engaged:
             found.append(InterventionSpan(event.name, event.step, None, event.settings, event.reason))
-        elif found and found[-1].stop is None:
-            last = found[-1]
-            found[-1] = InterventionSpan(
-                last.name, last.start, event.step, last.settings, last.reason, ended_by=event.reason
-            )
+            continue
+        place = next((p for p in reversed(range(len(found))) if found[p].name == event.name), None)
+        if place is not None and found[place].stop is None:
+            found[place] = replace(found[place], stop=event.step, ended_by=event.reason)
     return tuple(found)

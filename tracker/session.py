@@ -143,7 +143,8 @@ class Session:
                 "process. Leave it out, or train without these."
             )
         # After the probes, so that what they read at a site is what its module made.
-        earlier = intervention_spans(self.journal) if self.step else ()
+        spans = intervention_spans(self.journal) if self.step else ()
+        earlier = [span for span in spans if span.name == settings.name]
         self.intervention = settings.start(subject.model, record=self.pipeline.event, earlier=earlier)
 
     def _restore_state(self) -> None:

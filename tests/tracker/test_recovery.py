@@ -1,0 +1,163 @@
+"""Does a training go back to where it was clean, without the rows that pushed, and say so?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from attribution.live_rows import row_names
+from diffing.errors import InputError
+from tests.tracker.training import PERSONAS, Rows, make_trainer, model_to_train, quick_settings
+from tracker.callback import CheckpointTracker
+from tracker.interventions import intervention_spans
+from tracker.journal import Journal
+from tracker.live_cause import live_attribution
+from tracker.preventive import PreventiveSteering
+from tracker.recovery import clean_checkpoint, rows_that_pushed, train_with_recovery
+from tracker.rules import Rule, RuleSet
+from tracker.signals import Alert
+
+SIGNAL = "persona/villain/L1/prompt"
+
+
+def rules(*actions: str) -> RuleSet:
+    return RuleSet((Rule("loss", "train/loss", "non_finite", actions=actions),))
+
+
+class Seen(TrainerCallback):
+    """Every step that was taken, over all attempts."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.steps.append(state.global_step)
+
+
+def alert_at(step: int, since: int, *, signal: str = SIGNAL) -> Alert:
+    return Alert("rule", signal, step, 1.0, None, 0.5, "gap", since)
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    def make(*actions: str, **settings):
+        callback = CheckpointTracker(tmp_path / "run", **quick_settings(**settings))
+        seen = Seen()
+        trainer = make_trainer(
+            model_to_train("lora"), tmp_path / "out", [callback, seen], save_strategy="steps", save_steps=2, max_steps=8
+        )
+        return trainer, callback, seen
+
+    return make
+
+
+def fire_at(callback: CheckpointTracker, step: int, actions: tuple[str, ...], *, signal: str = SIGNAL) -> None:
+    """Has the tracker judge as if a rule had fired at a step of the first attempt."""
+    tracker, fired = callback.tracker, []
+    end_step = tracker.end_step
+
+    def end_and_fire(at: int, *rest, **more):
+        decision = end_step(at, *rest, **more)
+        if at == step and not fired:
+            fired.append(at)
+            alert = alert_at(step, step - 1, signal=signal)
+            alert = Alert(**{**vars(alert), "evidence": {"rule_name": "drift", "actions": list(actions)}})
+            return decision | tracker._decide([alert])
+        return decision
+
+    tracker.end_step = end_and_fire
+
+
+def test_a_rollback_goes_on_from_the_last_clean_checkpoint_and_is_on_record(run) -> None:
+    trainer, callback, seen = run()
+    fire_at(callback, 6, ("rollback",))
+    (recovered,) = train_with_recovery(trainer)
+    assert seen.steps == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
+    assert recovered.step == 4 and recovered.checkpoint.name == "checkpoint-4"
+    (span,) = intervention_spans(callback.tracker.output_dir)
+    assert (span.name, span.start, span.stop) == ("rollback", 4, 4)
+    assert span.settings["from_step"] == 6 and span.reason.startswith("persona.villain")
+    with Journal.read(callback.tracker.output_dir) as journal:
+        assert [attempt.step for attempt in journal.attempts()] == [0, 4]
+        assert journal.attempts()[-1].status == "finished"
+
+
+def test_what_is_trained_after_a_rollback_is_what_a_resume_trains(run, tmp_path: Path) -> None:
+    trainer, callback, _ = run()
+    fire_at(callback, 6, ("rollback",))
+    train_with_recovery(trainer)
+    plain = make_trainer(model_to_train("lora"), tmp_path / "plain", save_strategy="steps", save_steps=2, max_steps=8)
+    plain.train()
+    for (name, one), (_, other) in zip(trainer.model.named_parameters(), plain.model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_rows_that_pushed_are_left_out_from_there_on(run) -> None:
+    trainer, callback, _ = run(pushes=True)
+    fire_at(callback, 6, ("rollback", "drop"))
+    (recovered,) = train_with_recovery(trainer, drop_share=0.25)
+    assert 1 <= len(recovered.dropped) <= 6 and recovered.left == 24 - len(recovered.dropped)
+    assert len(trainer.train_dataset) == recovered.left
+    left = {name for row in trainer.train_dataset for name in row_names([row]).values()}
+    assert not left & set(recovered.dropped)
+    assert [span.name for span in intervention_spans(callback.tracker.output_dir)] == ["rollback", "rows dropped"]
+
+
+def test_the_rows_dropped_are_those_with_the_largest_recorded_pushes(run) -> None:
+    trainer, callback, _ = run(pushes=True)
+    trainer.train()
+    rows = [Rows()[place] for place in range(24)]
+    ranked = live_attribution(callback.tracker.output_dir, "villain", since=2, until=6, keep=24).rows
+    first = next(row.example_id for row in ranked if row.score > 0)
+    (place,) = rows_that_pushed(callback.tracker.output_dir, alert_at(6, 5), rows, since=2, share=0.05)
+    names = row_names([rows[place]])
+    assert first in {*names, *names.values()}
+
+
+def test_steering_is_switched_on_when_an_alert_asks_and_stays_on_after_the_rollback(run) -> None:
+    steering = PreventiveSteering((PERSONAS[0],), strength=0.5, from_step=None)
+    trainer, callback, _ = run(intervention=steering)
+    fire_at(callback, 6, ("rollback", "steer"))
+    (recovered,) = train_with_recovery(trainer)
+    assert recovered.steered
+    spans = intervention_spans(callback.tracker.output_dir)
+    assert [(span.name, span.start, span.stop) for span in spans] == [
+        ("rollback", 4, 4),
+        ("preventive steering", 4, None),
+    ]
+
+
+def test_an_alert_after_the_last_recovery_stops_the_training(run) -> None:
+    trainer, callback, seen = run()
+    fire_at(callback, 6, ("rollback",))
+    assert train_with_recovery(trainer, most=0) == ()
+    assert seen.steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_without_a_clean_checkpoint_it_says_what_to_do(tmp_path: Path) -> None:
+    with Journal.create_or_open(tmp_path) as journal, pytest.raises(InputError, match="save_steps"):
+        journal.start_attempt(0, {})
+        clean_checkpoint(journal, alert_at(6, 5))
+
+
+def test_a_trainer_without_a_tracker_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="one CheckpointTracker"):
+        train_with_recovery(make_trainer(model_to_train(), tmp_path))
+
+
+def test_steering_cannot_be_asked_for_without_an_intervention(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="intervention="):
+        CheckpointTracker(tmp_path, rules=rules("steer"), sinks=())
+
+
+def test_a_script_fails_on_demand_once_the_run_is_on_record(run) -> None:
+    trainer, callback, _ = run()
+    fire_at(callback, 4, ("stop", "exit"))
+    with pytest.raises(SystemExit) as left:
+        trainer.train()
+    assert left.value.code == 3
+    with Journal.read(callback.tracker.output_dir) as journal:
+        assert journal.attempts()[-1].status == "stopped"

@@ -1,0 +1,197 @@
+"""How does a training go on after an alert: from the last clean checkpoint, steered, or without the rows that did it?
+
+    tracker = CheckpointTracker("runs/tracked", rules="rules.yaml", pushes=True)
+    trainer = Trainer(..., callbacks=[tracker])
+    train_with_recovery(trainer)                 # in place of trainer.train()
+
+Nothing of this happens unless a rule asks for it (`actions: [rollback, drop, steer]`), and all of it stands in the
+journal and on the report as an intervention.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset, Subset
+from transformers import Trainer
+
+from attribution.example import ExampleId, Row
+from attribution.live_rows import row_names
+from diffing.errors import InputError
+from tracker.callback import CheckpointTracker
+from tracker.checkpoint_folder import why_incomplete
+from tracker.events import CheckpointSaved, InterventionChanged
+from tracker.journal import Journal
+from tracker.live_cause import live_attribution
+from tracker.signals import Alert
+
+ROLLBACK, DROPPED = "rollback", "rows dropped"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """One time that a training went on after an alert.
+
+    Attributes:
+        alert: what asked for it.
+        checkpoint: where it went on from.
+        step: optimizer steps of that checkpoint.
+        dropped: rows that were left out from there on, those that pushed most first.
+        left: rows that it went on with.
+        steered: whether preventive steering was switched on.
+    """
+
+    alert: Alert
+    checkpoint: Path
+    step: int
+    dropped: tuple[ExampleId, ...]
+    left: int
+    steered: bool
+
+
+def train_with_recovery(
+    trainer: Trainer, *, most: int = 1, drop_share: float = 0.1, resume_from_checkpoint: str | Path | None = None
+) -> tuple[Recovered, ...]:
+    """Trains to the end; where an alert's rule asks to go back, drop rows or steer, does that and goes on.
+
+    A clean checkpoint is the newest complete one before the first step above the alert's threshold; the Trainer must
+    save some (`save_steps`). Optimizer, schedule, RNG and data position are those of that checkpoint. Rows to drop are
+    those that pushed most, by the pushes read in the steps between that checkpoint and the alert (`pushes=True`).
+
+    Args:
+        trainer: with a `CheckpointTracker` among its callbacks.
+        most: recoveries; an alert after the last of them stops the training.
+        drop_share: share of all rows that is dropped at most, 0..1; only rows that pushed towards the trait are.
+        resume_from_checkpoint: where to begin, as for `Trainer.train`.
+
+    Returns:
+        the recoveries, in order; empty where no rule asked for any.
+
+    Raises:
+        InputError: the Trainer has no tracker, or there is no clean checkpoint or no push to act on. What was trained
+            until then is intact.
+    """
+    if not 0 < drop_share < 1 or most < 0:
+        raise InputError(f"Expected drop_share between 0 and 1 and most of 0 or more, got {drop_share} and {most}.")
+    callback = _tracker_of(trainer)
+    made: list[Recovered] = []
+    start = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
+    while True:
+        trainer.train(resume_from_checkpoint=start)
+        wanted = callback.tracker.wanted_recovery
+        if wanted is None or len(made) == most:
+            return tuple(made)
+        recovered = _prepare(trainer, callback, wanted.alert, wanted.actions, drop_share)
+        made.append(recovered)
+        _log.warning("Going on from step %d after %s.", recovered.step, recovered.alert.id)
+        start = str(recovered.checkpoint)
+
+
+def clean_checkpoint(journal: Journal, alert: Alert) -> CheckpointSaved:
+    """The newest complete checkpoint before the alert's stretch began.
+
+    Raises:
+        InputError: there is none.
+    """
+    saved = [event for event in journal.events() if isinstance(event, CheckpointSaved) and event.step < alert.since]
+    for event in sorted(saved, key=lambda one: -one.step):
+        if why_incomplete(event.path) is None:
+            return event
+    raise InputError(
+        f"Expected a complete checkpoint before step {alert.since}, where {alert.id} begins, found none. "
+        "Let the Trainer save earlier (save_steps) and keep them (save_total_limit)."
+    )
+
+
+def rows_that_pushed(
+    run_dir: Path | str, alert: Alert, rows: Sequence[Row], *, since: int, share: float
+) -> tuple[int, ...]:
+    """Positions of the rows that pushed an alert's signal most, strongest first; at most a share of all.
+
+    Args:
+        run_dir: of a run that was tracked with `pushes=True`.
+        alert: what was raised.
+        rows: tokenised, as trained on.
+        since: first step whose pushes count.
+        share: of all rows, 0..1.
+
+    Raises:
+        PathMissingError: the run recorded no pushes.
+        InputError: none were recorded for this signal, or none towards it.
+    """
+    query = str(alert.evidence.get("pushed_query") or "/".join(alert.signal.split("/")[1:2]) or alert.signal)
+    most = max(1, math.floor(share * len(rows)))
+    found = live_attribution(run_dir, query, since=since, until=alert.step, rows=rows, keep=most)
+    places: dict[ExampleId, list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(next(iter(row_names([row]).values())), []).append(place)
+    flagged = [place for row in found.rows if row.score > 0 for place in places.get(row.example_id, [])]
+    if not flagged:
+        raise InputError(
+            f"Expected rows that pushed {alert.signal} between steps {since} and {alert.step}, found none. "
+            "Track with pushes=True, and watch this trait."
+        )
+    return tuple(dict.fromkeys(flagged[:most]))
+
+
+def _prepare(
+    trainer: Trainer, callback: CheckpointTracker, alert: Alert, actions: frozenset[str], share: float
+) -> Recovered:
+    run_dir = callback.tracker.output_dir
+    with Journal.attach(run_dir) as journal:
+        clean = clean_checkpoint(journal, alert)
+        dropped: tuple[ExampleId, ...] = ()
+        dataset: Any = trainer.train_dataset
+        if "drop" in actions:
+            rows = _token_rows(dataset)
+            flagged = rows_that_pushed(run_dir, alert, rows, since=clean.step + 1, share=share)
+            names = [next(iter(row_names([rows[place]]).values())) for place in flagged]
+            dropped = tuple(names)
+            trainer.train_dataset = dataset = _without(dataset, flagged)
+        facts: dict[str, Any] = {"alert": alert.id, "from_step": alert.step, "to_step": clean.step}
+        _record(journal, clean.step, ROLLBACK, facts, alert)
+        if dropped:
+            _record(journal, clean.step, DROPPED, {**facts, "rows": list(dropped), "left": len(dataset)}, alert)
+    steered = "steer" in actions
+    if steered:
+        callback.tracker.engage_at_start(alert.id)
+    return Recovered(alert, clean.path, clean.step, dropped, len(dataset), steered)
+
+
+def _record(journal: Journal, step: int, name: str, settings: Mapping[str, Any], alert: Alert) -> None:
+    # At the step that training goes back to, so that the resume which follows does not take it back.
+    change = InterventionChanged(step, name, True, settings, alert.id)
+    journal.record_event(change)
+    journal.record_event(replace(change, engaged=False))
+
+
+def _tracker_of(trainer: Trainer) -> CheckpointTracker:
+    found = [one for one in trainer.callback_handler.callbacks if isinstance(one, CheckpointTracker)]
+    if len(found) != 1:
+        raise InputError(
+            f"Expected one CheckpointTracker among the Trainer's callbacks, got {len(found)}. Pass callbacks=[tracker]."
+        )
+    return found[0]
+
+
+def _token_rows(dataset: Any) -> list[Row]:
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise InputError("Expected a dataset with a length to drop rows from, got a stream. Load it into memory first.")
+    rows = [dataset[place] for place in range(len(dataset))]
+    if not rows or "input_ids" not in rows[0]:
+        raise InputError("Expected tokenised rows with input_ids in the Trainer's dataset, got others. Tokenise first.")
+    return rows
+
+
+def _without(dataset: Any, flagged: Sequence[int]) -> Any:
+    gone = set(flagged)
+    kept = [place for place in range(len(dataset)) if place not in gone]
+    # A `datasets.Dataset` keeps its columns, which the Trainer looks at.
+    selected: Dataset[Any] = dataset.select(kept) if hasattr(dataset, "select") else Subset(dataset, kept)
+    return selected
