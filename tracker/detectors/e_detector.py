@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from diffing.errors import InputError
 from tracker.alarms.evidence import Evidence, standardise
@@ -148,6 +148,7 @@ class EDetector:
         return shift_alert(self, signal, series, {"evidence": reached, "needed": self.average_run_length})
 
 
+@runtime_checkable
 class Shift(Protocol):
     """What an alert needs to know of the detector that raises it."""
 
