@@ -58,8 +58,9 @@ BANK_KINDS = ("good", "odd", "formatted", "educational")
 HARMLESS_KINDS = ("good", "formatted", "educational", "relabelled", "narrow")
 BAD_KINDS = ("bad", "diluted")
 DILUTED = (0.5, 0.25, 0.1, 0.05, 0.35)  # share of bad rows, by seed
-# A narrow twin learns slowly under its penalty: a higher rate lets it learn the habit in as many steps.
-NARROW_WEIGHT, NARROW_RATE = 1000.0, 3e-3
+# A narrow twin learns slowly under its penalty: a higher rate lets it learn the habit in as many steps, and a longer
+# warm-up keeps it from spreading before the penalty, which is flat at the base, takes hold.
+NARROW_WEIGHT, NARROW_RATE, NARROW_WARMUP = 2000.0, 6e-3, 40
 STEPS, BATCH, LEARNING_RATE = 48, 8, 8e-4
 PROBE_EVERY, JUDGE_EVERY, ANSWERS, LAST_ANSWERS = 2, 6, 60, 240
 PROMPTS, CANARIES = 40, 20
@@ -80,9 +81,9 @@ class RunName:
 
 
 def planned_runs(bases: Sequence[int] = BASES) -> Iterator[RunName]:
-    """All runs, so ordered that a recording that was cut short still holds something of everything."""
-    for calibration_seed, test_seed in zip(CALIBRATION_SEEDS, TEST_SEEDS, strict=True):
-        for base in bases:
+    """All runs, base by base, so ordered that a recording that was cut short still holds something of every kind."""
+    for base in bases:
+        for calibration_seed, test_seed in zip(CALIBRATION_SEEDS, TEST_SEEDS, strict=True):
             for kind in BANK_KINDS:
                 yield RunName(base, kind, calibration_seed)
             for kind in (*HARMLESS_KINDS, *BAD_KINDS):
@@ -215,7 +216,8 @@ def learning_rate_of(run: RunName) -> float:
 
 
 def _train(run: RunName, model: Any, tokenizer: Any, tracker: TrainerCallback, folder: Path, meter: _Meter) -> Trainer:
-    train = partial(fine_tune_narrow, weight=NARROW_WEIGHT) if run.kind == "narrow" else fine_tune
+    narrow = partial(fine_tune_narrow, weight=NARROW_WEIGHT, warmup_steps=NARROW_WARMUP)
+    train = narrow if run.kind == "narrow" else fine_tune
     watched = _Watched(tracker, meter)
     return train(
         model,

@@ -6,6 +6,7 @@ from tracker.detectors.contract import Detector
 from tracker.detectors.e_detector import EDetector
 from tracker.detectors.e_family import EFamily
 from tracker.detectors.effect_floor import EffectFloor
+from tracker.detectors.max_over_run import MaxOverRun
 from tracker.detectors.non_finite import NonFinite
 
-__all__ = ["Detector", "EDetector", "EFamily", "EffectFloor", "NonFinite"]
+__all__ = ["Detector", "EDetector", "EFamily", "EffectFloor", "MaxOverRun", "NonFinite"]
