@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import stats
 
-_RESAMPLES = 2000
+_RESAMPLES = 1000
 _FEWEST = 5
 
 
@@ -72,8 +72,8 @@ def signal_agreement(signal: Series, rate: Series, *, seed: int = 0) -> Agreemen
         the interval is of one run, and says nothing about other runs.
     """
     steps = sorted(set(signal) & set(rate))
-    first = np.array([signal[step][0] for step in steps])
-    second = np.array([rate[step][0] for step in steps])
+    first = np.array([signal[step][0] for step in steps], dtype=np.float64)
+    second = np.array([rate[step][0] for step in steps], dtype=np.float64)
     n, block = len(steps), max(1, round(len(steps) ** (1 / 3)))
     low = high = math.nan
     if n >= _FEWEST:

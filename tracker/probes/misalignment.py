@@ -7,6 +7,7 @@ This writes answers and has them judged, which is what one would like to know an
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -105,12 +106,8 @@ class _Running(RunningProbe):
         prompts = PromptSet(
             tuple(Prompt(f"{question.id}#{draw}", messages=question.asked(draw)) for question, draw in asked)
         )
-        loaded = LoadedCheckpoint(
-            Checkpoint("live", None, step, ""),
-            self.model,
-            self.tokenizer,
-            adapter_enabled=None,  # type: ignore[arg-type]
-        )
+        model: Any = self.model
+        loaded = LoadedCheckpoint(Checkpoint("live", None, step, ""), model, self.tokenizer, adapter_enabled=None)
         drawn = answer_prompts(loaded, prompts, AnswerSettings(settings.max_new_tokens, 1.0, step, settings.batch_size))
         items = [
             Exchange(question.asked(draw)[-1].content, answer.text.strip())
