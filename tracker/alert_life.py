@@ -37,7 +37,7 @@ class Chronicle(Protocol):
 
 def fingerprint(rule: str, signal: str) -> str:
     """Names an incident: the same for every alert of one rule on one signal, in every attempt at the run."""
-    return hashlib.sha256(f"{rule}\0{signal}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{rule}\0{signal}".encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 @dataclass

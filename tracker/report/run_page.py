@@ -11,6 +11,7 @@ from typing import Any
 from attribution.ranking import Attribution, AttributionRow
 from diffing.diff_result import DiffResult
 from diffing.durable import write_atomic, write_json
+from tracker.alert_life import mark_of
 from tracker.report.charts import bar
 from tracker.report.diff_cards import latent_cards
 from tracker.report.diff_page import PAGE_NAME as DIFF_PAGE_NAME
@@ -34,6 +35,7 @@ from tracker.report.run_words import (
 from tracker.report.series import as_line
 from tracker.report.step_chart import SMALL, Mark, Panel, step_chart
 from tracker.report.text import number, visible
+from tracker.signals import Alert
 
 PAGE_NAME, TWIN_NAME = "report.html", "report.json"
 _MULTIPLES = (60, 24, 8)  # small charts shown, fewer where the page would grow past its limit
@@ -98,7 +100,7 @@ def run_view(report: RunReport, reports: Sequence[RunReport], multiples: int) ->
         "headline": run_headline(report),
         "story": run_story(report),
         "behaviour": behaviour_sentence(report),
-        "alerts": [_alert(alert) for alert in report.alerts[:_MOST_ALERTS]],
+        "alerts": [_alert(alert, report) for alert in report.alerts[:_MOST_ALERTS]],
         "alerts_left_out": max(0, len(report.alerts) - _MOST_ALERTS),
         "multiples": [_multiple(report, name) for name in _by_weight(report)[:multiples]],
         "multiples_left_out": max(0, len(report.names) - multiples),
@@ -121,19 +123,33 @@ def _comparison(reports: Sequence[RunReport]) -> dict[str, Any]:
     return {"headline": [*pieces[:-1], Piece(".")]}
 
 
-def _alert(alert: Any) -> dict[str, Any]:
+def _alert(alert: Alert, report: RunReport) -> dict[str, Any]:
     when, what = alert_title(alert)
     readings = alert.evidence.get("measured")
-    rest = {key: value for key, value in alert.evidence.items() if key != "measured"}
+    told = {"rule_name", "fingerprint", "actions", "notify", "muted"}
+    rest = {key: value for key, value in alert.evidence.items() if key not in {"measured", *told}}
+    pushed = rest.get("pushed_by")
+    if _is_pushed(pushed):
+        rest.pop("pushed_by")
+    stands = next((one for one in report.incidents if one.fingerprint == mark_of(alert)), None)
     return {
         "alert": alert,
+        "stands": stands,
+        "muted": alert.evidence.get("muted"),
+        "asked": [str(one) for one in alert.evidence.get("actions", ())],
+        "told": [str(one) for one in alert.evidence.get("notify", ())],
+        "pushed": pushed if _is_pushed(pushed) else [],
         "when": when,
         "what": what,
         "why": alert_sentence(alert),
         "unit": unit_words(alert.unit),
         "measured": readings if _is_table(readings) else [],
-        "evidence": evidence_rows(rest if _is_table(readings) else alert.evidence),
+        "evidence": evidence_rows(rest if _is_table(readings) else {"measured": readings, **rest}),
     }
+
+
+def _is_pushed(rows: Any) -> bool:
+    return isinstance(rows, list) and all(isinstance(one, dict) and {"example", "push"} <= one.keys() for one in rows)
 
 
 def _is_table(readings: Any) -> bool:
@@ -176,7 +192,7 @@ def _multiple(report: RunReport, name: str) -> dict[str, Any]:
 
 def _interventions(report: RunReport) -> list[str]:
     """What the tracker did to the training, as far as the directory proves it."""
-    said = []
+    said = [str(one) for one in report.interventions]
     if report.status == "stopped":
         said.append(f"Training was stopped at step {report.last_step} by an alert.")
     wanted = _configured_actions(report)

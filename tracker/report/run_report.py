@@ -13,7 +13,9 @@ from typing import Any
 from attribution.ranking import Attribution
 from diffing.diff_result import DiffResult
 from diffing.errors import InputError, PathMissingError
+from tracker.alert_life import Incident, incidents
 from tracker.events import CheckpointSaved
+from tracker.interventions import InterventionSpan, intervention_spans
 from tracker.journal import Attempt, Failure, Journal
 from tracker.report.names import BEHAVIOUR
 from tracker.report.text import number
@@ -32,6 +34,8 @@ class RunReport:
         alerts: alerts that stand, by step.
         failures: what was caught so that training could go on.
         attempts: starts of the run, first to last.
+        incidents: where every alert stands: pending, firing, acknowledged or resolved.
+        interventions: what was done to the training itself, in order.
         checkpoints: (step, folder) of every checkpoint saved, by step.
         attribution: the training rows that pushed, None where nobody asked.
         diff: what changed from the base, None where no diff was made.
@@ -46,6 +50,8 @@ class RunReport:
     alerts: tuple[Alert, ...] = ()
     failures: tuple[Failure, ...] = ()
     attempts: tuple[Attempt, ...] = ()
+    incidents: tuple[Incident, ...] = ()
+    interventions: tuple[InterventionSpan, ...] = ()
     checkpoints: tuple[tuple[int, str], ...] = ()
     attribution: Attribution | None = None
     diff: DiffResult | None = None
@@ -102,6 +108,11 @@ class RunReport:
             "last_step": self.last_step,
             "signals": [asdict(signal) for signal in self.signals],
             "alerts": [{"id": alert.id, **asdict(alert)} for alert in self.alerts],
+            "incidents": [
+                {"fingerprint": one.fingerprint, "rule": one.rule, "state": one.state, "since": one.since, "by": one.by}
+                for one in self.incidents
+            ],
+            "interventions": [asdict(one) for one in self.interventions],
             "failures": [asdict(failure) for failure in self.failures],
             "attempts": [asdict(attempt) for attempt in self.attempts],
             "checkpoints": [{"step": step, "path": path} for step, path in self.checkpoints],
@@ -123,11 +134,14 @@ def collect_run(run_dir: Path | str) -> RunReport:
     """
     folder = Path(run_dir)
     with Journal.read(folder) as journal:
-        checkpoints = sorted({(e.step, str(e.path)) for e in journal.events() if isinstance(e, CheckpointSaved)})
+        events, alerts = journal.events(), journal.alerts()
+        checkpoints = sorted({(e.step, str(e.path)) for e in events if isinstance(e, CheckpointSaved)})
         report = RunReport(
             name=folder.resolve().name,
             signals=tuple(journal.signals()),
-            alerts=tuple(journal.alerts()),
+            alerts=tuple(alerts),
+            incidents=tuple(incidents(alerts, events)),
+            interventions=intervention_spans(journal),
             failures=tuple(journal.failures()),
             attempts=tuple(journal.attempts()),
             checkpoints=tuple(checkpoints),
@@ -219,7 +233,18 @@ def _missing(report: RunReport) -> list[str]:
 
 def evidence_rows(evidence: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     """An alert's evidence as (name, text), sorted."""
-    return sorted((str(key), _evidence(value)) for key, value in evidence.items())
+    return sorted((str(key), _specificity(value) or _evidence(value)) for key, value in evidence.items())
+
+
+def _specificity(value: Any) -> str:
+    """A comparison with random directions as a sentence; empty for anything else."""
+    if not isinstance(value, Mapping) or not {"n_as_far", "n_random", "p_value", "traits"} <= value.keys():
+        return ""
+    others = ", ".join(f"{name} {number(moved, 2)}" for name, moved in dict(value["traits"]).items())
+    return (
+        f"{number(value['n_as_far'])} of {number(value['n_random'])} random directions were moved along as far "
+        f"(p {number(value['p_value'], 2)}){f'; other traits there: {others}' if others else ''}"
+    )
 
 
 def _evidence(value: Any) -> str:
