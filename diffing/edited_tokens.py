@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -42,7 +42,17 @@ class EditedTokens:
         self._start, self._n, self._width = 0, 0, 0
         self._ids: Tensor | None = None
         self._real: Tensor | None = None
-        self._n_rows = 0
+        self._n_rows, self._fresh = 0, True
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the present pass begins new sequences, rather than going on with those of the last one."""
+        return self._fresh
+
+    @property
+    def input_ids(self) -> Int[Tensor, "prompt token"] | None:
+        """What the present pass reads; None where it was given embeddings."""
+        return self._ids
 
     def attach(self, model: nn.Module) -> RemovableHandle:
         """Begins to follow the model's passes from the start of a sequence; the caller removes the handle."""
@@ -94,7 +104,8 @@ class EditedTokens:
                 "Mark the tokens yourself (where=…)."
             )
         ids = given if given.ndim == 2 else None
-        if past == 0 and not self._grows(ids):
+        self._fresh = past == 0 and not self._grows(ids)
+        if self._fresh:
             self._width = n_tokens
         self._start, self._n, self._n_rows, self._ids = past, n_tokens, n_rows, ids
         self._real = _real_tokens(kwargs.get("attention_mask"), n_rows, past, n_tokens)
