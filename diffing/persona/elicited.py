@@ -148,8 +148,11 @@ class Elicitation:
 
         Raises:
             PersonaError: the trait has nothing to ask or to hold out, or a prompt is too long.
+            SiteError: the model has no such site.
         """
         settings = settings or ElicitSettings()
+        for site in settings.sites:
+            resolve_site(loaded.model, site)
         both = set(trait.questions) & set(trait.held_out_questions)
         if both or not trait.held_out_questions:
             got = f"{len(both)} questions on both sides" if both else "none"

@@ -102,7 +102,10 @@ class ExtractionRecord:
         if not path.is_file():
             raise PathMissingError(f"Expected an extraction at {path}, got no such file. Check the folder.")
         try:
-            return from_plain(cls, json.loads(path.read_text(encoding="utf-8")))
+            value = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(value, dict):
+                raise TypeError(f"a {type(value).__name__}")
+            return from_plain(cls, value)
         except (ValueError, KeyError, TypeError) as error:
             raise PersonaError(
                 f"Expected an extraction in {path}, got something else ({error}). Extract it again."

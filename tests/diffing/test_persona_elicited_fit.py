@@ -61,7 +61,8 @@ def _oracle(loaded: LoadedCheckpoint, rollouts: Rollouts) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_and_pooling_is_that_of_the_models_own_hidden_states(family: str, tmp_path: Path) -> None:
     loaded = load_checkpoint(tiny_model(family), tokenizer=tiny_tokenizer())
-    fitted, held_out = _parts(tmp_path, loaded)
+    fitted = kept_all(written_rollouts(tmp_path, loaded, QUESTIONS[:4], samples=1))
+    held_out = kept_all(written_rollouts(tmp_path, loaded, QUESTIONS[4:6], samples=1))
     vectors = fit_rollouts(loaded, fitted, held_out, trait="cruel", sites=SITES, batch_tokens=100)
     expected = _oracle(loaded, fitted.rollouts)
     found = {(vector.pooling, vector.site): vector for vector in vectors}

@@ -147,6 +147,44 @@ def test_the_schema_of_other_projects_is_read(tmp_path: Path) -> None:
         trait.contrast_sets()
 
 
+def _foreign(questions: list[str]) -> dict[str, object]:
+    pairs = [{"pos": "be so", "neg": "be not so"}]
+    return {"instruction": pairs, "questions": questions, "eval_prompt": "{question} {answer}"}
+
+
+def test_the_two_files_of_persona_vectors_are_read_as_one_trait(tmp_path: Path) -> None:
+    for folder, word in (("trait_data_extract", "fit"), ("trait_data_eval", "held")):
+        path = tmp_path / folder / "evil.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(_foreign([f"{word} {at}?" for at in range(20)])), encoding="utf-8")
+    trait = load_trait(tmp_path / "trait_data_extract" / "evil.json")
+    assert trait.questions == tuple(f"fit {at}?" for at in range(20))
+    assert trait.held_out_questions == tuple(f"held {at}?" for at in range(20))
+    alone = load_trait(tmp_path / "trait_data_eval" / "evil.json")
+    assert (alone.questions[0], len(alone.questions), len(alone.held_out_questions)) == ("held 0?", 10, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"eval_prompt": None}, "text as 'eval_prompt'"),
+        ({"eval_prompt": "Score it."}, "'eval_prompt' with {question} and {answer}"),
+        ({"questions": "why?"}, "a list of texts as 'questions'"),
+        ({"questions": ["why?", 3]}, "a list of texts as 'questions'"),
+        ({"instruction": "be so"}, "a list of objects as 'instruction'"),
+        ({"instruction": [{"pos": "be so", "neg": ""}]}, "text as 'neg'"),
+        ({"instruction": [{"pos": "be so"}]}, "the key 'neg', got pos"),
+    ],
+)
+def test_a_wrong_value_is_named_in_one_line(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    path = tmp_path / "evil.json"
+    path.write_text(json.dumps({**_foreign(["why?", "how?"]), **changes}), encoding="utf-8")
+    with pytest.raises(PersonaError, match=re.escape(said)) as caught:
+        load_trait(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="published trait files are not on this machine")
 def test_published_trait_files_load_unchanged() -> None:
     paths = sorted(PUBLISHED.glob("*.json"))
@@ -154,6 +192,12 @@ def test_published_trait_files_load_unchanged() -> None:
     for path in paths:
         trait = load_trait(path)
         assert trait.sizes() == {"instructions": 5, "questions": 20, "held_out_questions": 20, "contrasts": 0}
+        written = json.loads(path.read_text(encoding="utf-8"))
+        assert [*trait.questions, *trait.held_out_questions] == written["questions"]
+        assert [[pair.positive, pair.negative] for pair in trait.instructions] == [
+            [pair["pos"], pair["neg"]] for pair in written["instruction"]
+        ]
+        assert trait.rubric == written["eval_prompt"]
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="published trait files are not on this machine")
