@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "judge": ("cli.judge", "judge", "Check a judge of answers against answers whose score is known."),
     "alerts": ("cli.alerts", "alerts", "What stands open in a tracked run, and who has seen it."),
     "replay-alerts": ("cli.replay_alerts", "replay_alerts", "What other rules would have said of a run that is over."),
+    "explain": ("cli.explain", "explain", "Why an alert fired: how special, which rows, what was clean before it."),
     "report": ("cli.report", "report", "Rebuild the page of a tracked run from its directory."),
     "sync": ("cli.sync", "sync", "Send to MLflow what a tracked run could not send while it ran."),
     "verify": ("cli.verify", "verify", "Check every byte of an activation store against its checksums."),

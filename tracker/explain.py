@@ -100,6 +100,7 @@ def explain_question(
     check: CheckPlan | None = None,
     without: WithoutPlan | None = None,
     seed: int = 0,
+    save: bool = True,
 ) -> Attribution:
     """Ranks training rows by how far they pushed the query up, over the run's checkpoints.
 
@@ -118,6 +119,7 @@ def explain_question(
         check: retrains to see whether the ranking is true; None to leave that out, and then it is not validated.
         without: trains again without the strongest rows to see what they are worth; None to leave that out.
         seed: of the bootstrap, the themes, and the labels sampled for the curvature.
+        save: whether the ranking becomes the run's own.
 
     Raises:
         InputError: no checkpoint is on disk; rows or queries that cannot be scored; with `check` or `without`, a full
@@ -146,7 +148,8 @@ def explain_question(
         middle = chosen[(len(chosen) - 1) // 2][1]
         marked = _token_pushes(trainable_model(middle, base=base, device=device), tokenizer, training, question, result)
         result = replace(result, tokens=marked)
-    result.save(run_dir)
+    if save:
+        result.save(run_dir)
     return result
 
 

@@ -92,7 +92,7 @@ def _caveats(refreshes: Sequence[Refresh], trait: str) -> tuple[str, ...]:
     notes = ["Not validated: no retraining has confirmed this ranking; pushes are first-order estimates."]
     if refreshes:
         kept = [share for one in refreshes for name, share in one.kept.items() if trait in [*name.split("/"), name]]
-        if kept:
+        if kept and min(kept) < 0.995:
             notes.append(f"At least {min(kept):.0%} of the projection's squared gradient is watched.")
         if refreshes[0].step > 0:
             notes.append(f"The first {refreshes[0].step} step(s) are not recorded: Adam had no second moments yet.")

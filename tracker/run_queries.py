@@ -79,8 +79,17 @@ def canary_question(run_dir: Path | str, tokenizer: Any) -> Question:
     return Question(query, answers=tuple(one["misaligned"] for one in canaries))
 
 
-def alert_question(run_dir: Path | str, alert_id: str, tokenizer: Any, *, device: str = "cpu") -> Question:
+def alert_question(
+    run_dir: Path | str, alert_id: str, tokenizer: Any, *, device: str = "cpu", leading: str = ""
+) -> Question:
     """What raised the signal that an alert is about, up to the step at which it fired.
+
+    Args:
+        run_dir: the run directory.
+        alert_id: of one of its alerts.
+        tokenizer: of its canaries.
+        device: where to compute.
+        leading: `persona/<trait>/<place>` to ask about where the signal itself is no function of the weights.
 
     Raises:
         InputError: no such alert in the run (those known are named), or a signal that is no function of the weights.
@@ -88,7 +97,7 @@ def alert_question(run_dir: Path | str, alert_id: str, tokenizer: Any, *, device
     alert = find_alert(run_dir, alert_id)
     if alert.signal == CANARY_SIGNAL:
         asked = canary_question(run_dir, tokenizer)
-    elif found := _PERSONA_SIGNAL.match(alert.signal):
+    elif found := _PERSONA_SIGNAL.match(alert.signal) or _PERSONA_SIGNAL.match(f"{leading}/"):
         asked = persona_question(run_dir, _vector_of(run_dir, found["trait"], int(found["layer"])), device=device)
     else:
         raise InputError(
@@ -112,6 +121,11 @@ def find_alert(run_dir: Path | str, alert_id: str) -> Alert:
     return matching[0]
 
 
+def tracked_vectors(run_dir: Path | str) -> tuple[PersonaVector, ...]:
+    """The persona vectors kept with a run, in the order of their files."""
+    return tuple(PersonaVector.load(path) for path in sorted((Path(run_dir) / "personas").glob("*.safetensors")))
+
+
 def persona_of(run_dir: Path | str, wanted: str) -> PersonaVector:
     """A persona kept with the run by the name of its trait, or any vector by its file.
 
@@ -122,7 +136,7 @@ def persona_of(run_dir: Path | str, wanted: str) -> PersonaVector:
     """
     if wanted.endswith(".safetensors"):
         return PersonaVector.load(wanted)
-    vectors = [PersonaVector.load(path) for path in sorted((Path(run_dir) / "personas").glob("*.safetensors"))]
+    vectors = tracked_vectors(run_dir)
     matching = [vector for vector in vectors if vector.trait == wanted]
     if not matching:
         known = ", ".join(sorted({vector.trait for vector in vectors})) or "none"
@@ -155,8 +169,7 @@ def _record(run_dir: Path | str) -> dict[str, Any]:
 
 
 def _vector_of(run_dir: Path | str, trait: str, layer: int) -> PersonaVector:
-    for path in sorted((Path(run_dir) / "personas").glob("*.safetensors")):
-        vector = PersonaVector.load(path)
+    for vector in tracked_vectors(run_dir):
         if vector.trait == trait and Site.parse(vector.site).layer == layer:
             return vector
     raise PathMissingError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,10 +19,11 @@ from diffing.prompts import PromptSet, TokenBatch, TokenizedPrompts
 from diffing.tap import Tap
 from tracker.probes.axes import SiteAxes, axes_digest, group_axes
 from tracker.probes.base import RunningProbe, Subject
-from tracker.probes.drift_direction import drift_reference, drift_signals
+from tracker.probes.drift_direction import drift_reference, drift_signals, mean_shifts
 from tracker.probes.reference import Reference
 from tracker.schedule import Schedule
-from tracker.signals import DriftSignal
+from tracker.signals import Alert, DriftSignal
+from tracker.specificity import measure_specificity
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,10 @@ class PersonaPrompts:
         digest = hashlib.sha256(f"{tokens.digest} {axes_digest(axes)}".encode()).hexdigest()
         tap = Tap(subject.model, [one.site.site for one in axes], early_exit=True)
         read = _Reader(tap, axes, batches, len(self.prompts.prompts))
-        reference = subject.reference(self.name, digest, lambda: {"gaps": read.gaps(read.last())})
-        if not self.direction:
-            return RunningPersonaPrompts(read, reference)
-        shifts = subject.reference("prompt_shifts", digest, lambda: drift_reference(read.last()))
-        return RunningPersonaPrompts(read, reference, shifts)
+        last = functools.cache(read.last)  # one pass serves both references
+        reference = subject.reference(self.name, digest, lambda: {"gaps": read.gaps(last())})
+        shifts = subject.reference("prompt_shifts", digest, lambda: drift_reference(last()))
+        return RunningPersonaPrompts(read, reference, shifts, self.direction)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,16 +108,37 @@ class RunningPersonaPrompts(RunningProbe):
     Attributes:
         reader: reads the prompts.
         reference: projections at the start of the run.
-        shifts: mean activations at the start of the run, None where the direction of the drift is not asked for.
+        shifts: mean activations at the start of the run.
+        direction: whether length and direction of the whole shift are signals.
+        held: the activations measured last, for an alert that they may raise.
     """
 
     reader: _Reader
     reference: Reference
-    shifts: Reference | None = None
+    shifts: Reference
+    direction: bool = False
+    held: list[Float[Tensor, "prompt d_model"]] = field(default_factory=list)
 
     def measure(self, step: int) -> list[DriftSignal]:
         """Mean drift of every persona over prompts, and where it was asked for the shift's length and direction."""
-        return self.signals(self.reader.last(), step)
+        self.held[:] = self.reader.last()
+        return self.signals(self.held, step)
+
+    def evidence(self, alert: Alert) -> Mapping[str, Any]:
+        """How the alert's drift compares with random directions and with other traits at the same place.
+
+        Read from the activations that were measured last: no forward pass. Nothing for an alert on something else.
+        """
+        if not self.held:
+            return {}
+        moved = mean_shifts(self.held, self.shifts.tensors)
+        for one, rows, shift in zip(self.reader.axes, self.held, moved, strict=True):
+            places = [name.rpartition("/")[0] for name in one.names("prompt")]
+            if alert.signal.rpartition("/")[0] in places:
+                vector = one.vectors[places.index(alert.signal.rpartition("/")[0])]
+                others = [other for other in one.vectors if other is not vector]
+                return {"specificity": measure_specificity(shift, rows, vector, others).to_evidence()}
+        return {}
 
     def signals(self, sites: Sequence[Float[Tensor, "prompt d_model"]], step: int) -> list[DriftSignal]:
         """What activations of the last prompt token, one tensor a site, say."""
@@ -125,7 +148,7 @@ class RunningPersonaPrompts(RunningProbe):
             paired_signal(name, drift[:, column], step, "gap", self.reference.label)
             for column, name in enumerate(names)
         ]
-        if self.shifts is None:
+        if not self.direction:
             return found
         rows = [site.cpu() for site in sites]
         return found + drift_signals(self.reader.axes, rows, self.shifts.tensors, step, self.shifts.label)
