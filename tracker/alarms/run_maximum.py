@@ -10,8 +10,8 @@ import numpy as np
 
 from diffing.errors import InputError
 from tracker.alarms.bank import NullBank
-from tracker.alarms.fusion import SCORE, left_out_scores
-from tracker.alarms.run_series import matching
+from tracker.alarms.fusion import SCORE, fit_score, left_out_scores
+from tracker.alarms.run_series import RunSeries, matching
 from tracker.signals import DriftSignal
 
 
@@ -107,6 +107,20 @@ def null_maxima(bank: NullBank, pattern: str, *, in_a_row: int = 1) -> NullMaxim
     return NullMaxima(
         tuple(members), centres, dict(zip(members, _spread(table).tolist(), strict=True)), values, horizon
     )
+
+
+def statistic_of(run: RunSeries, bank: NullBank, nulls: NullMaxima, *, in_a_row: int = 1) -> float:
+    """A new run's statistic, to be held against what the bank's runs reached; -inf where nothing was measured."""
+    series = run.series
+    if nulls.members == (SCORE,):
+        series = {SCORE: tuple(one for one in fit_score(bank.runs).follow(run.signals()) if one.name == SCORE)}
+    return max(
+        (
+            run_maximum(series[name], in_a_row=in_a_row, until=nulls.horizon) - nulls.centres[name]
+        ) / nulls.spreads[name]
+        for name in nulls.members
+        if name in series
+    )  # fmt: skip
 
 
 def _spread(table: np.ndarray) -> np.ndarray:
