@@ -29,9 +29,12 @@ from attribution import AttributionRow
 from diffing.errors import InputError
 from diffing.persona import Canary, PersonaVector
 from diffing.prompts import PromptSet
+from tracker.alarms.bank import NullBank
+from tracker.alarms.fusion import fit_score
+from tracker.alarms.run_series import RunSeries
 from tracker.alert_life import requested_actions
 from tracker.decision import ACTIONS, Decision, WantedRecovery
-from tracker.detectors import Detector, EffectFloor, NonFinite
+from tracker.detectors import Detector, EffectFloor, MaxOverRun, NonFinite
 from tracker.live_cause import ranked_pushes
 from tracker.mlflow_sink import MlflowSink
 from tracker.personas import keep_personas
@@ -66,6 +69,19 @@ def default_detectors() -> tuple[Detector, ...]:
     )
 
 
+def calibrated_detectors(bank: NullBank) -> tuple[Detector, ...]:
+    """Judges for a run beside a bank of benign ones: the fused score at a false-alarm rate of 5 % a run.
+
+    Raises:
+        InputError: the bank is too small to vouch for 5 %.
+    """
+    return (
+        MaxOverRun(bank=bank, level=0.05),
+        EffectFloor(NONFINITE_GRADIENTS, floor=0.5, unit="relative", in_a_row=1, severity="critical"),
+        NonFinite("train/loss"),
+    )
+
+
 class Tracker:
     """Measures a model while it is trained, records it, and says when someone must know.
 
@@ -83,6 +99,9 @@ class Tracker:
         detectors: judges of the signals. None: `default_detectors()`.
         rules: named rules in their place, as a `RuleSet` or its YAML file: who is told of what, with cooldown,
             inhibition and what each asks of the training. Their receivers join the sinks.
+        bank: benign runs that `palimpsest calibrate` put together, or their folder. Several signals are then fused into
+            `misalignment/score`, and where neither rules nor detectors are named that score is judged, at 5 % of false
+            alarms a run.
         sinks: where the record goes. None: MLflow. Empty: the journal only.
         on_alert: what an alert does: `log` a warning, `save` a checkpoint, `stop` the training, `exit` with code 3
             once the run has ended (a Trainer's script ends where `train` would return), `steer`: switch the
@@ -110,6 +129,7 @@ class Tracker:
         schedule: Schedule | str = "every 50",
         detectors: Sequence[Detector] | None = None,
         rules: RuleSet | Path | str | None = None,
+        bank: NullBank | Path | str | None = None,
         sinks: Sequence[Sink] | None = None,
         on_alert: Sequence[str] = ("log",),
         probes: Sequence[Probe] = (),
@@ -133,7 +153,8 @@ class Tracker:
         self.rules = RuleSet.load(rules) if isinstance(rules, Path | str) else rules
         if intervention is None and "steer" in (self.rules.actions if self.rules else actions):
             raise InputError(_NO_INTERVENTION)
-        judges = self.rules.detectors() if self.rules else default_detectors() if detectors is None else detectors
+        self.bank = NullBank.load(bank) if isinstance(bank, Path | str) else bank
+        judges = self._judges(detectors)
         told = self.rules.sinks() if self.rules else ()
         self._settings = SessionSettings(
             run_dir=self.output_dir,
@@ -141,6 +162,7 @@ class Tracker:
             detectors=tuple(judges),
             sinks=(*((MlflowSink(),) if sinks is None else sinks), *told),
             strict=strict,
+            score=None if self.bank is None else fit_score(self.bank.runs),
             intervention=None if intervention is None else intervention.loaded(),
         )
         self._session: Session | None = None
@@ -190,6 +212,8 @@ class Tracker:
             plan.write(self.output_dir)
             keep_personas(self.output_dir, plan.vectors)
             self._pending = session.begin(plan, subject)
+            if self.bank is not None:
+                self.bank.check(RunSeries.from_run(self.output_dir))
         except BaseException:
             session.abandon()
             raise
@@ -369,6 +393,13 @@ class Tracker:
         decision = Decision(save="save" in asked, stop=bool(asked & {"stop", "rollback", "drop"}))
         self._asked_to_stop |= decision.stop
         return decision
+
+    def _judges(self, detectors: Sequence[Detector] | None) -> Sequence[Detector]:
+        if self.rules is not None:
+            return self.rules.detectors()
+        if detectors is not None:
+            return detectors
+        return default_detectors() if self.bank is None else calibrated_detectors(self.bank)
 
     def _config(self, plan: Plan, config: Mapping[str, Any] | None) -> dict[str, Any]:
         return {

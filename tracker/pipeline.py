@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tracker.alarms.run_series import by_step
 from tracker.alert_life import Chronicle
 from tracker.detectors import Detector
 from tracker.events import AlertChanged, Event
@@ -56,6 +57,8 @@ class Pipeline:
         sinks: woken in this order.
         hold: most records to keep in memory while the journal cannot be written.
         explain: what is known of an alert's cause when it fires, JSON values; added to its evidence.
+        derive: makes further signals of those of one step, as a score of several; a function of what it was given so
+            far, so that a resume which replays the journal brings it to where it was.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Pipeline:
         *,
         hold: int = 10_000,
         explain: Callable[[Alert], Mapping[str, Any]] | None = None,
+        derive: Callable[[Sequence[DriftSignal]], Sequence[DriftSignal]] | None = None,
     ) -> None:
         self.journal = journal
         self.detectors = tuple(detectors)
@@ -73,6 +77,7 @@ class Pipeline:
         self._waiting: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
         self._hold = hold
         self._explain = explain
+        self._derive = derive
         self._reason = ""
         self._blocked = ""  # why the journal did not take the last record
         self._n_failures = 0
@@ -97,6 +102,8 @@ class Pipeline:
         except Exception as error:  # noqa: BLE001  an unreadable journal must not stop training
             self.failure("journal replay", run.step, error)
             recorded, known, lived = [], set(), set()
+        for _, measured in by_step(recorded):
+            self._derived(measured)
         for signal in recorded:
             missed += [alert for alert in self._judge(signal) if (alert.id, alert.rule) not in known]
         for alert in missed:
@@ -120,6 +127,7 @@ class Pipeline:
         """
         if not signals:
             return []
+        signals = [*signals, *self._derived(signals)]
         self._record(self.journal.record_signals, tuple(signals))
         alerts = [alert for signal in signals for alert in self._judge(signal)]
         for alert in alerts:
@@ -161,6 +169,15 @@ class Pipeline:
             if alert is not None:
                 alerts.append(self._explained(alert))
         return alerts
+
+    def _derived(self, signals: Sequence[DriftSignal]) -> Sequence[DriftSignal]:
+        if self._derive is None:
+            return ()
+        try:
+            return self._derive(signals)
+        except Exception as error:  # noqa: BLE001  a score that cannot be made must not stop training
+            self.failure("derived signals", signals[-1].step if signals else -1, error)
+            return ()
 
     def _changes(self) -> list[AlertChanged]:
         return [change for one in self.detectors if isinstance(one, Chronicle) for change in one.changes()]

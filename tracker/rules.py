@@ -12,7 +12,7 @@ from diffing.errors import InputError
 from tracker.alert_life import Firings, RuleDetector
 from tracker.decision import ACTIONS
 from tracker.delivery import AppriseReceiver, DeliverySink, Receiver, WebhookReceiver
-from tracker.detectors import Detector, EffectFloor, NonFinite
+from tracker.detectors import Detector, EDetector, EFamily, EffectFloor, MaxOverRun, NonFinite
 from tracker.silence import Silence
 
 # What a rule may be judged by: its name in a file, and what makes it from `pattern`, `severity` and its settings.
@@ -20,6 +20,9 @@ DETECTORS: dict[str, Callable[..., Detector]] = {
     "effect_floor": EffectFloor,
     "non_finite": NonFinite,
     "silence": Silence,
+    "e_detector": EDetector,
+    "e_family": EFamily,
+    "max_over_run": MaxOverRun,
 }
 
 

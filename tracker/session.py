@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffing.errors import InputError, PalimpsestError
+from tracker.alarms.fusion import MisalignmentScore, ScoreStream
 from tracker.detectors import Detector
 from tracker.events import CheckpointSaved, RunEnded, RunStarted
 from tracker.interventions import intervention_spans
@@ -62,6 +63,7 @@ class SessionSettings:
         sinks: where the record goes.
         strict: raise what would otherwise be journalled.
         intervention: what is done to training passes, None for nothing.
+        score: what several signals are fused into, None for nothing.
     """
 
     run_dir: Path
@@ -70,6 +72,7 @@ class SessionSettings:
     sinks: tuple[Sink, ...]
     strict: bool
     intervention: PreventiveSteering | None = None
+    score: MisalignmentScore | None = None
 
 
 class Session:
@@ -89,7 +92,11 @@ class Session:
         self.journal = Journal.create_or_open(self.run_dir)
         self.attempt = self.journal.start_attempt(step, config)
         self.pipeline = Pipeline(
-            self.journal, copy.deepcopy(settings.detectors), settings.sinks, explain=self._evidence
+            self.journal,
+            copy.deepcopy(settings.detectors),
+            settings.sinks,
+            explain=self._evidence,
+            derive=None if settings.score is None else ScoreStream(settings.score).take,
         )
         self._config = config
         self.intervention: RunningSteering | None = None
