@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from attribution.blocks import Block, accumulation_dtype
@@ -15,6 +16,7 @@ from attribution.rotation import Basis, Rotator, RowGradients
 # Above this width one side's covariance (width^2 numbers) costs more than it tells: that side keeps its own basis
 # and its diagonal. The vocabulary's side of a head is the usual case.
 LARGEST_FACTOR = 4096
+_HALVED_FROM = 256
 _DOUBLE_UP_TO = 2048  # wider covariances are summed in single precision: half the memory
 
 
@@ -83,7 +85,7 @@ class CovarianceSums:
             # Output gradients are exactly zero where nothing is learned; inputs there must be dropped by hand.
             flat = flat[live]
         flat = flat if flat.dtype == torch.float64 else flat.float()
-        product = flat.T @ flat
+        product = _square(flat)
         total = self._totals.get(here)
         wanted = torch.float64 if len(product) <= _DOUBLE_UP_TO else product.dtype
         self._totals[here] = product.to(wanted) if total is None else total.add_(product)
@@ -133,11 +135,10 @@ class CovarianceSums:
                 if owner is None or owner not in self._totals:
                     continue
                 if owner not in solved:
-                    eigenvalues, eigenvectors = torch.linalg.eigh(self._totals[owner])
-                    solved[owner] = (
-                        eigenvalues.clamp(min=0),
-                        eigenvectors.to(accumulation_dtype(block)).contiguous(),
-                    )
+                    # Summed in double, solved as precisely as gradients are: any orthonormal basis is a valid one.
+                    total = self._totals[owner].to(accumulation_dtype(block))
+                    eigenvalues, eigenvectors = torch.linalg.eigh(total)
+                    solved[owner] = eigenvalues.clamp(min=0), eigenvectors.contiguous()
                 values[axis], vectors[axis] = solved[owner]
             found.append((Basis(*vectors), (values[0], values[1])))
         return found
@@ -203,6 +204,20 @@ class MomentSums:
         """Takes over what `state` gave."""
         self.totals = [tensors[f"moment.{index}"] for index in range(len(self.totals))]
         self.n_rows = int(tensors["counts"][0])
+
+
+def _square(flat: Float[Tensor, "token d"]) -> Float[Tensor, "d d"]:
+    """x^T x, of whose two equal corners only one is multiplied out where that is worth the copying."""
+    width = flat.shape[1]
+    if width < _HALVED_FROM:
+        return flat.T @ flat
+    half = width // 2
+    first, second = flat[:, :half], flat[:, half:]
+    found = flat.new_empty(width, width)
+    torch.mm(first.T, flat, out=found[:half])
+    torch.mm(second.T, second, out=found[half:, half:])
+    found[half:, :half] = found[:half, half:].T
+    return found
 
 
 def _add_squares(total: Tensor, gradients: RowGradients) -> None:

@@ -98,11 +98,11 @@ def record_rows(
 
 
 def _live(batch: ExampleBatch) -> Tensor:
-    """Places before a row's last label: what stands behind it cannot change the loss of a causal model."""
+    """Places the model saw before a row's last label: what stands behind it cannot change a causal model's loss."""
     labelled = batch.labels != IGNORED
     places = torch.arange(labelled.shape[1], device=labelled.device)
     last = torch.where(labelled, places, 0).max(dim=1).values
-    return (places < last.unsqueeze(1)) & batch.attention_mask.bool()
+    return ((places < last.unsqueeze(1)) & batch.attention_mask.bool())[:, :-1]
 
 
 def _check_gradients(recorded: RecordedGradients, batch: ExampleBatch) -> None:

@@ -111,7 +111,9 @@ def influence(
     check_rows(query_rows, what="query", context_length=context_length(model))
     blocks, _ = find_blocks(model)
     curvature = _curvature(method, model, blocks, rows, batch_size, seed)
-    return _scores(prepare_rows(model, query_rows, curvature=curvature, batch_size=batch_size), rows, base)
+    return _scores(
+        prepare_rows(model, query_rows, curvature=curvature, blocks=blocks, batch_size=batch_size), rows, base
+    )
 
 
 def score_query(
@@ -145,7 +147,9 @@ def score_query(
     check_rows(rows, what="training row", context_length=context_length(model))
     blocks, _ = find_blocks(model)
     curvature = _curvature(method, model, blocks, rows, batch_size, seed)
-    return _scores(prepare_queries(model, queries, curvature=curvature, batch_size=batch_size), rows, base)
+    return _scores(
+        prepare_queries(model, queries, curvature=curvature, blocks=blocks, batch_size=batch_size), rows, base
+    )
 
 
 def _curvature(

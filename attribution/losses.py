@@ -25,14 +25,16 @@ def row_losses(model: nn.Module, batch: ExampleBatch) -> Float[Tensor, " row"]:
 
 
 def model_inputs(model: nn.Module, batch: ExampleBatch) -> dict[str, Any]:
-    """Keyword arguments for the model's forward: everything but the labels.
+    """Keyword arguments for the model's forward: everything but the labels, and without the last place of all.
 
-    Positions are passed for every row: left to itself GPT-2 looks them up once for the whole batch, and the
-    position embedding's gradient could then not be told apart by row.
+    What stands last predicts nothing that has a label, and costs as much as any other place. Positions are passed for
+    every row: left to itself GPT-2 looks them up once for the whole batch, and the position embedding's gradient could
+    then not be told apart by row.
     """
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    mask = batch.attention_mask[:, :-1]
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids[:, :-1], "attention_mask": mask}
     if "position_ids" in _forward_parameters(model):
-        inputs["position_ids"] = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
     return {**inputs, "use_cache": False}
 
 
@@ -42,8 +44,13 @@ def _forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def token_losses(logits: Tensor, labels: Int[Tensor, "row token"]) -> Float[Tensor, "row next_token"]:
-    """Minus log-probability of every labelled next token, 0 where nothing is labelled; in fp32 or better."""
-    logits = logits[:, :-1].to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    """Minus log-probability of every labelled next token, 0 where nothing is labelled; in fp32 or better.
+
+    Args:
+        logits: `[row, token, vocabulary]`; those of the last label's place may be missing.
+        labels: one a token.
+    """
+    logits = logits[:, : labels.shape[1] - 1].to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     return torch.nn.functional.cross_entropy(
         logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
     )

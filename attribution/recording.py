@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,6 +110,11 @@ class RecordedGradients:
                 total += self._by_row(gradient).reshape(self.n_rows, -1, block.shape[0]).sum(dim=1)
         return total
 
+    def release(self, modules: Collection[nn.Module]) -> set[int]:
+        """Lets go of what these modules showed; gives the addresses of the inputs that are still held."""
+        self.uses = [use for use in self.uses if not any(use.module is module for module in modules)]
+        return {use.arguments[0].data_ptr() for use in self.uses if isinstance(use.arguments[0], Tensor)}
+
     def _uses_of(self, block: Block) -> Iterator[Use]:
         for use in self.uses:
             if use.output_gradient is not None and any(use.module is module for module in block.modules):
@@ -179,8 +184,8 @@ def recording(
         model: where the blocks live.
         blocks: what to record.
         n_rows: rows of the batch.
-        segments: of packed rows, which example each token belongs to, counted through the whole batch from 0; -1
-            on padding (`attribution.example.segments_of`). What is read is then by segment, not by row.
+        segments: of packed rows, which example each token that the model sees belongs to, counted through the whole
+            batch from 0; -1 on padding (`attribution.example.segments_of`). What is read is then by segment, not row.
     """
     places = None if segments is None else segment_places(segments)
     recorded = RecordedGradients(n_rows if places is None else len(places), n_rows, places=places)

@@ -6,7 +6,7 @@ product), and multiplied out only tile by tile: some rows, some of the first axi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +66,11 @@ class RowGradients:
         sides = sum(part.left.nbytes + part.right.nbytes for part in self.products)
         return sides + (0 if self.whole is None else self.whole.nbytes)
 
+    def empty(self, n: int) -> Tensor:
+        """Room for `n` numbers, of the gradients' type and where they are."""
+        held = self.products[0].right if self.whole is None and self.products else self.whole
+        return torch.empty(n) if held is None else held.new_empty(n)
+
     def tile(self, rows: slice, span: slice) -> Float[Tensor, "row ..."]:
         """Rows multiplied out, `span` of the first axis only, `[row, span, d1]`."""
         if self.whole is not None:
@@ -85,6 +90,23 @@ class RowGradients:
             return torch.zeros(len(some), width, *self.shape[1:])
         return dense
 
+    def tile_into(self, out: Float[Tensor, "row span ..."], rows: slice, span: slice) -> None:
+        """`tile`, written where it is wanted."""
+        if self.whole is not None or not self.products:
+            out.copy_(self.tile(rows, span))
+            return
+        for number, sides in enumerate(self.products):
+            if sides.one_hot:
+                if number == 0:
+                    out.zero_()
+                _add_one_hot(out, sides.left[rows], sides.right[rows], span.start or 0)
+                continue
+            left = sides.left[rows, :, span].transpose(1, 2)
+            if number == 0:
+                torch.bmm(left, sides.right[rows], out=out)
+            else:
+                out.baddbmm_(left, sides.right[rows])
+
     def tiles(self, n_rows: int | None = None) -> Iterator[tuple[slice, slice]]:
         """(rows, span) pairs that cover everything within a cache-sized budget each."""
         yield from tiles(self.n_rows if n_rows is None else n_rows, self.shape)
@@ -103,10 +125,16 @@ def tiles(n_rows: int, shape: tuple[int, ...], budget: int = _TILE_BYTES) -> Ite
 
 
 class Rotator:
-    """Rotates what one batch recorded; modules that share an input and a basis share the product."""
+    """Rotates what one batch recorded; modules that share an input and a basis share the product.
 
-    def __init__(self, recorded: RecordedGradients) -> None:
+    Args:
+        recorded: one batch.
+        by_token: keep tokens apart, also where the product of a row is smaller than its tokens.
+    """
+
+    def __init__(self, recorded: RecordedGradients, *, by_token: bool = False) -> None:
         self._recorded = recorded
+        self._by_token = by_token
         self._rotated: dict[tuple[int, int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
 
     def gradients(self, block: Block, basis: Basis) -> RowGradients:
@@ -115,25 +143,51 @@ class Rotator:
         if not block.has_sides:
             whole = self._recorded.gradient(block)
             return RowGradients(block.shape, n_rows, whole=basis.rotate(whole))
+        sides = self._recorded.sides(block)
+        if not self._by_token and _product_first(block.shape, basis, sides):
+            return RowGradients(block.shape, n_rows, whole=basis.rotate(self._recorded.gradient(block)))
         dtype = accumulation_dtype(block)
         products = tuple(
             Sides(
-                side.left if side.one_hot else self._rotate(side.left, basis.left, dtype),
-                self._rotate(side.right, basis.right, dtype),
+                side.left if side.one_hot else self._rotate(side.left, basis.left, dtype, side.source),
+                self._rotate(side.right, basis.right, dtype, side.source),
                 side.source,
             )
-            for side in self._recorded.sides(block)
+            for side in sides
         )
         return RowGradients(block.shape, n_rows, products)
 
-    def _rotate(self, side: Tensor, basis: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def take(self, blocks: Sequence[Block], bases: Sequence[Basis]) -> tuple[RowGradients, ...]:
+        """All blocks' gradients; lets go of what was recorded as it goes, so that not both are ever held whole."""
+        last = {id(module): index for index, block in enumerate(blocks) for module in block.modules}
+        found = []
+        for index, (block, basis) in enumerate(zip(blocks, bases, strict=True)):
+            found.append(self.gradients(block, basis))
+            done = [module for module in block.modules if last[id(module)] == index]
+            if done:
+                held = self._recorded.release(done)
+                self._rotated = {key: pair for key, pair in self._rotated.items() if key[0] in held}
+        return tuple(found)
+
+    def _rotate(self, side: Tensor, basis: Tensor | None, dtype: torch.dtype, source: Tensor) -> Tensor:
         if basis is None:
             return side.to(dtype)
+        if side is not source:
+            return side.to(dtype) @ basis  # output gradients belong to one module alone
         key = (side.data_ptr(), id(basis), tuple(side.shape))
         if key not in self._rotated:
             # The side itself is kept beside its product, so that its address cannot be given to another tensor.
             self._rotated[key] = (side, side.to(dtype) @ basis)
         return self._rotated[key][1]
+
+
+def _product_first(shape: tuple[int, ...], basis: Basis, sides: Sequence[Sides]) -> bool:
+    """Whether rotating a row's product takes fewer multiplications than rotating its tokens (an adapter's does)."""
+    if len(shape) != 2 or any(side.one_hot for side in sides):
+        return False
+    out, into = (0 if axis is None else width for axis, width in zip((basis.left, basis.right), shape, strict=True))
+    tokens = sum(side.right.shape[1] for side in sides)
+    return out * out * shape[1] + into * into * shape[0] < tokens * (out * out + into * into)
 
 
 def _add_one_hot(dense: Tensor, ids: Tensor, right: Tensor, start: int) -> None:

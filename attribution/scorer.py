@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attribution.blocks import Block, Coverage, accumulation_dtype
+from attribution.blocks import Block, Coverage, accumulation_dtype, coverage_of
 from attribution.curvature import Curvature
 from attribution.example import ExampleId, Row, check_rows, context_length, example_id
 from attribution.gradients import find_blocks
@@ -166,8 +166,7 @@ def prepare_queries(
     """
     if not queries:
         raise InputError("Expected at least one query; got none. Name what is to be explained.")
-    found, coverage = find_blocks(model)
-    chosen = tuple(blocks) if blocks is not None else tuple(found)
+    chosen, coverage = _chosen(model, blocks)
     bases = bases_of(curvature, chosen)
     with evaluating(model):
         gradients = [_query_gradient(model, chosen, query) for query in queries]
@@ -194,11 +193,17 @@ def prepare_rows(
     A score is positive where up-weighting the row lowers the query row's loss.
     """
     check_rows(query_rows, what="query", context_length=context_length(model))
-    found, coverage = find_blocks(model)
-    chosen = tuple(blocks) if blocks is not None else tuple(found)
+    chosen, coverage = _chosen(model, blocks)
     names = tuple(example_id(row) for row in query_rows)
     rotated = rotate_query_rows(model, chosen, query_rows, curvature, names, batch_size)
     return _low_rank(Scorer(model, chosen, coverage, curvature, rotated, batch_size), rank)
+
+
+def _chosen(model: nn.Module, blocks: Sequence[Block] | None) -> tuple[tuple[Block, ...], Coverage]:
+    if blocks is not None:
+        return tuple(blocks), coverage_of(model, blocks)
+    found, coverage = find_blocks(model)
+    return tuple(found), coverage
 
 
 def _low_rank(scorer: Scorer, rank: int | None) -> Scorer:

@@ -87,7 +87,7 @@ def rotate_query_rows(
     groups: list[tuple[RowGradients, ...]] = []
     order: list[int] = []
     with evaluating(model):
-        for batch in row_batches(model, blocks, rows, batch_size):
+        for batch in row_batches(model, blocks, rows, batch_size, held=True):
             groups.append(_rotated(model, blocks, batch, bases))
             order.extend(batch.positions)
     parts = tuple(tuple(group[index] for group in groups) for index in range(len(blocks)))
@@ -98,8 +98,7 @@ def rotate_query_rows(
 def _rotated(
     model: nn.Module, blocks: Sequence[Block], batch: ExampleBatch, bases: Sequence[Basis]
 ) -> tuple[RowGradients, ...]:
-    rotator = Rotator(record_rows(model, list(blocks), batch, row_losses))
-    return tuple(rotator.gradients(block, basis) for block, basis in zip(blocks, bases, strict=True))
+    return Rotator(record_rows(model, list(blocks), batch, row_losses)).take(blocks, bases)
 
 
 def score_rows(
@@ -159,11 +158,12 @@ def _waiting_rows(
     waiting: list[tuple[RowGradients, ...]] = []
     held = 0
     with evaluating(model):
-        for batch in row_batches(model, blocks, rows, batch_size):
+        for batch in row_batches(model, blocks, rows, batch_size, held=True):
             waiting.append(_rotated(model, blocks, batch, bases))
             places.extend(batch.positions)
-            held += sum(part.nbytes for part in waiting[-1])
-            if held >= _WAITING_BYTES:
+            newest = sum(part.nbytes for part in waiting[-1])
+            held += newest
+            if held + newest > _WAITING_BYTES:  # the next would not fit beside them
                 ready, waiting = (places, waiting), []
                 yield ready
                 del ready  # its rows are done with
@@ -179,14 +179,42 @@ def _add_block(
 
     Narrow spans of many rows, rather than few rows whole, so that queries and rows both stay in the cache.
     """
-    shape = waiting[0].shape
+    shape, n_queries = waiting[0].shape, len(queries.names)
     diagonal = isinstance(curvature, EkfacCurvature | Identity)
-    lines = _lines(shape, len(queries.names) + total.shape[1]) if diagonal else shape[0]
+    lines = _lines(shape, n_queries + total.shape[1]) if diagonal else shape[0]
+    room, asking = _Room(waiting[0], lines), _Room(waiting[0], lines)
+    step = max(_QUERY_BYTES // (4 * room.span_size), 1)
     for start in range(0, shape[0], lines):
         span = slice(start, min(start + lines, shape[0]))
-        rows = torch.cat([part.tile(slice(0, part.n_rows), span).flatten(1) for part in waiting]).T
-        for first, wanted in _divided(queries.parts[index], index, span, curvature):
-            total[first : first + len(wanted)] += (wanted.flatten(1) @ rows).to(total)
+        rows = room.fill(waiting, 0, total.shape[1], span).flatten(1)
+        for first in range(0, n_queries, step):
+            last = min(first + step, n_queries)
+            tile = asking.fill(queries.parts[index], first, last, span)
+            wanted = _divide_in_place(curvature, index, span, tile).flatten(1)
+            total[first:last] += (rows @ wanted.T).T.to(total)
+
+
+class _Room:
+    """Memory that one span of many gradients after another is written to."""
+
+    def __init__(self, like: RowGradients, lines: int) -> None:
+        self._like = like
+        self.span_size = lines * int(torch.Size(like.shape[1:]).numel())
+        self._held = like.empty(0)
+
+    def fill(self, groups: Sequence[RowGradients], first: int, last: int, span: slice) -> Float[Tensor, "row ..."]:
+        """Gradients `first` to `last`, counted through the groups, in this span of their first axis."""
+        shape = (last - first, span.stop - span.start, *self._like.shape[1:])
+        size = int(torch.Size(shape).numel())
+        if len(self._held) < size:
+            self._held = self._like.empty(size)
+        out, at = self._held[:size].view(shape), 0
+        for group in groups:
+            some = slice(max(first - at, 0), min(last - at, group.n_rows))
+            if some.start < some.stop:
+                group.tile_into(out[at + some.start - first : at + some.stop - first], some, span)
+            at += group.n_rows
+        return out
 
 
 def _lines(shape: tuple[int, ...], n_vectors: int) -> int:
@@ -194,18 +222,11 @@ def _lines(shape: tuple[int, ...], n_vectors: int) -> int:
     return max(min(_TILE_BYTES // (line * n_vectors), shape[0]), 1)
 
 
-def _divided(
-    groups: Sequence[RowGradients], index: int, span: slice, curvature: Curvature
-) -> Iterator[tuple[int, Tensor]]:
-    """(first query, (H + damping)^-1 Q in this span), a bounded number of queries at a time."""
-    first = 0
-    for group in groups:
-        line = 4 * int(torch.Size(group.shape[1:]).numel()) * (span.stop - span.start)
-        step = max(_QUERY_BYTES // line, 1)
-        for start in range(0, group.n_rows, step):
-            tile = group.tile(slice(start, min(start + step, group.n_rows)), span)
-            yield first + start, divide(curvature, index, span, tile)
-        first += group.n_rows
+def _divide_in_place(curvature: Curvature, index: int, span: slice, tile: Tensor) -> Tensor:
+    if isinstance(curvature, EkfacCurvature):
+        factor = curvature.factors[index]
+        return tile.div_(factor.second_moment[span] + factor.damping)
+    return divide(curvature, index, span, tile)
 
 
 def divide(curvature: Curvature, index: int, span: slice, tile: Tensor) -> Tensor:

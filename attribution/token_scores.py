@@ -52,7 +52,7 @@ def score_tokens(
     with evaluating(model):
         for row in rows:
             (batch,) = batches([row], 1, device=device_of(model))
-            rotator = Rotator(record_rows(model, blocks, batch, row_losses))
+            rotator = Rotator(record_rows(model, blocks, batch, row_losses), by_token=True)
             values = torch.zeros(len(queries.names), batch.input_ids.shape[1], dtype=torch.float64)
             rest = torch.zeros(len(queries.names), dtype=torch.float64)
             for index, (block, basis) in enumerate(zip(blocks, bases, strict=True)):
@@ -78,7 +78,7 @@ def _add(values: Tensor, rest: Tensor, wanted: Tensor, gradients: RowGradients, 
             shares = (wanted[:, product.left[0]] * right).sum(dim=-1)
         else:
             shares = ((wanted @ right.T) * product.left[0].T).sum(dim=1)
-        if shares.shape[1] == values.shape[1]:
-            values += shares.to(values)
+        if shares.shape[1] == values.shape[1] - 1:  # the model is not shown a row's last place
+            values[:, :-1] += shares.to(values)
         else:
             rest += shares.sum(dim=1).to(rest)  # an expert's slots are not the row's places

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attribution import fit_curvature, influence
-from attribution.example import segments_of, split_packed
+from attribution.example import example_id, segments_of, split_packed
 from attribution.score_store import ScoreStore, write_scores
 from attribution.scorer import prepare_queries, prepare_rows
 from diffing.errors import ComparabilityError, InputError, StoreCorruptError
@@ -153,3 +153,14 @@ def test_a_query_that_nothing_trainable_reaches_is_refused():
         prepare_queries(model, [Constant()], curvature=identity)
     with pytest.raises(InputError, match="at least one query"):
         prepare_queries(model, [], curvature=identity)
+
+
+def test_what_stands_behind_the_last_label_changes_nothing_and_names_stay():
+    model = tiny_llama()
+    rows, queries = random_rows(4), random_rows(2, seed=9)
+    bare = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
+    more = [{"input_ids": [*map(int, row["input_ids"]), 3, 4, 5], "labels": [*map(int, row["labels"]), *[-100] * 3]}
+            for row in bare]  # fmt: skip
+    short, long = (influence(model, each, queries, method="dot") for each in (bare, more))
+    np.testing.assert_allclose(short.values, long.values, rtol=1e-4, atol=1e-5 * np.abs(short.values).max())
+    assert long.examples == tuple(example_id(row) for row in more)
