@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from diffing.answers import AnswerSettings
@@ -231,7 +231,8 @@ class Elicitation:
                 progress=reading,
             )
             sweep = self._sweep(vectors, held_out, *kept_judges, progress=progress)
-        return Extraction(self._record(vectors, fitted, held_out, sweep), tuple(vectors))
+        record = self._record(vectors, fitted, held_out, sweep)
+        return Extraction(record, tuple(_told_why(vector, record) for vector in vectors))
 
     def _kept(
         self, rollouts: Rollouts, judge: Judge | None, coherence: Judge | None, *, progress: bool
@@ -310,6 +311,9 @@ class Elicitation:
             yield "No judge read the answers: pairs in which the model did not do as told are among them."
         elif not counts.coherence_judge:
             yield "No judge of coherence was given: garbled answers may be among those kept."
+        failed = sum(count for reason, count in counts.reasons.items() if "(failed)" in reason)
+        if failed:
+            yield f"{failed} pairs were dropped because a judge gave no answer: run the same again to ask for those."
         cut, total = self.fitted.n_cut + self.held_out.n_cut, len(self.fitted) + len(self.held_out)
         if cut:
             limit = self.settings.max_new_tokens
@@ -321,6 +325,16 @@ class Elicitation:
         if missing:
             yield f"{missing} vectors of the prompt are left out: there both sides read the same."
         yield from self.fitted.tokenized.notes
+
+
+def _told_why(vector: PersonaVector, record: ExtractionRecord) -> PersonaVector:
+    """The chosen vector's file says why it was chosen, and at which strength it steers best."""
+    if record.sweep is None or (vector.site, vector.pooling) != (record.site, record.pooling):
+        return vector
+    found = record.sweep
+    chosen = {"strength": found.strength, "scored_by": found.scored_by, "log_odds": found.chosen.log_odds.mean}
+    config = {**vector.provenance.config, "chosen_by_steering": chosen}
+    return replace(vector, provenance=replace(vector.provenance, config=config))
 
 
 def _examples(kept: KeptRollouts) -> Iterator[PairExample]:
