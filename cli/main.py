@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "judge": ("cli.judge", "judge", "Check a judge of answers against answers whose score is known."),
     "alerts": ("cli.alerts", "alerts", "What stands open in a tracked run, and who has seen it."),
+    "calibrate": ("cli.calibrate", "calibrate", "How far benign runs go, and which false-alarm rate that vouches for."),
     "replay-alerts": ("cli.replay_alerts", "replay_alerts", "What other rules would have said of a run that is over."),
     "explain": ("cli.explain", "explain", "Why an alert fired: how special, which rows, what was clean before it."),
     "report": ("cli.report", "report", "Rebuild the page of a tracked run from its directory."),
