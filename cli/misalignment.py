@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from diffing.judging import Judge, Rubric
     from diffing.judging.known_error import JudgeError
     from diffing.misalignment.cues import Cue
-    from diffing.misalignment.evaluate import EvaluationSettings
     from diffing.misalignment.questions import QuestionSet
     from diffing.misalignment.result import MisalignmentResult
+    from diffing.misalignment.settings import EvaluationSettings
 
 _FILE = click.Path(path_type=Path)
 
@@ -99,7 +99,7 @@ def misalignment(context: click.Context, **options: Any) -> None:
             if options["only_plan"]:
                 return
             result = planned.run(progress=not options["as_json"], told=told)
-    _write(result, folder, options["max_rate"], as_json=options["as_json"])
+    _write(result, folder, options["max_rate"], options["width"], as_json=options["as_json"])
     context.exit(_gate(result, options["max_rate"], options["gate_on"], quiet=options["as_json"]))
 
 
@@ -111,8 +111,8 @@ def _questions(source: str, groups: Sequence[str]) -> QuestionSet:
 
 
 def _settings(options: dict[str, Any], questions: QuestionSet) -> EvaluationSettings:
-    from diffing.misalignment.evaluate import EvaluationSettings
     from diffing.misalignment.sequential import StoppingRule
+    from diffing.misalignment.settings import EvaluationSettings
     from diffing.misalignment.verdict import Thresholds
 
     if options["sequential"] and options["width"] is None and options["max_rate"] is None:
@@ -195,7 +195,18 @@ def _plan_line(questions: int, width: float) -> str:
     return f"Plan: {plan_samples(questions, width)}"
 
 
-def _write(result: MisalignmentResult, folder: Path, max_rate: float | None, *, as_json: bool) -> None:
+def _say_what_it_takes(result: MisalignmentResult, width: float) -> None:
+    """The plan again, with the rate and the correlation that were found instead of those supposed."""
+    from diffing.misalignment.planning import plan_samples
+
+    rate = result.condition().rate
+    if rate.questions >= 3 and 0 < rate.value < 1 and rate.icc < 1:
+        click.echo(f"Plan from what was found: {plan_samples(rate.questions, width, rate=rate.value, icc=rate.icc)}")
+
+
+def _write(
+    result: MisalignmentResult, folder: Path, max_rate: float | None, width: float | None, *, as_json: bool
+) -> None:
     from tracker.report.misalignment_page import write_misalignment_report
 
     path = result.save(folder)
@@ -205,6 +216,9 @@ def _write(result: MisalignmentResult, folder: Path, max_rate: float | None, *, 
         return
     for one in result.conditions:
         click.echo(f"{one.side:>5}, {one.cue}: misaligned {one.rate}")
+        if one.sequential is not None:
+            low, high = one.interval
+            click.echo(f"       at every look {one.quoted:.1%} [{low:.1%}, {high:.1%}] for these questions")
         split = ", ".join(f"{count} {verdict}" for verdict, count in one.split.items() if count)
         click.echo(f"       {split}")
         if one.corrected is not None:
@@ -212,6 +226,8 @@ def _write(result: MisalignmentResult, folder: Path, max_rate: float | None, *, 
             click.echo(f"       without the judge's error {true.value:.1%} [{true.low:.1%}, {true.high:.1%}]")
     for pair in result.comparisons:
         click.echo(f"{pair.more} against {pair.less} ({pair.within}): {pair.difference}")
+    if width is not None:
+        _say_what_it_takes(result, width)
     for caveat in result.caveats:
         click.echo(f"Note: {caveat}")
     if result.stopped:
@@ -226,7 +242,7 @@ def _gate(result: MisalignmentResult, max_rate: float | None, gate_on: str, *, q
     found = {}
     for one in result.conditions:
         if one.side == "tuned":
-            found[one.cue] = one.rate.value if gate_on == "rate" else one.interval[1]
+            found[one.cue] = one.quoted if gate_on == "rate" else one.interval[1]
     # Not "above": a rate that is not a number must not pass.
     failed = [cue for cue, value in found.items() if not value <= max_rate]
     if not quiet:

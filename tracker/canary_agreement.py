@@ -36,5 +36,5 @@ def canary_agreement(run: Path | str, *, rate: str = RATE, seed: int = 0) -> Agr
     return signal_agreement(_series(log_odds), _series(judged), seed=seed)
 
 
-def _series(signals: Sequence[DriftSignal]) -> dict[int, tuple[float, float | None]]:
-    return {signal.step: (signal.value, signal.low) for signal in signals}
+def _series(signals: Sequence[DriftSignal]) -> dict[int, tuple[float, float | None, float | None]]:
+    return {signal.step: (signal.value, signal.low, signal.high) for signal in signals}

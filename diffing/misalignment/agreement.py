@@ -28,7 +28,8 @@ class Agreement:
         changes: Spearman correlation of the changes.
         n: common steps.
         block: steps of one resampled block.
-        signal_clear: first step at which the signal's own interval lies above its first value; None for never.
+        signal_clear: first step from which on the signal's interval lies above that of its first value; None for
+            never.
         rate_clear: likewise for the judged rate.
     """
 
@@ -55,16 +56,16 @@ class Agreement:
         )
 
 
-# Step to value and to the lower end of its interval (None where it has none).
-Series = Mapping[int, tuple[float, float | None]]
+# Step to value, lower and upper end of its interval (None where it has none).
+Series = Mapping[int, tuple[float, float | None, float | None]]
 
 
 def signal_agreement(signal: Series, rate: Series, *, seed: int = 0) -> Agreement:
     """Correlation of a signal with a judged rate along a run.
 
     Args:
-        signal: step to value and lower end, such as canary log-odds.
-        rate: step to judged misaligned rate and lower end.
+        signal: step to value and interval, such as canary log-odds.
+        rate: step to judged misaligned rate and interval.
         seed: of the resampling.
 
     Returns:
@@ -115,8 +116,15 @@ def _block_interval(
 
 
 def _first_clear(series: Series) -> int | None:
+    """First step of the stretch, up to the end, in which every interval lies above the first one."""
     steps = sorted(series)
     if not steps:
         return None
-    start = series[steps[0]][0]
-    return next((step for step in steps[1:] if (low := series[step][1]) is not None and low > start), None)
+    value, _, high = series[steps[0]]
+    start, clear = value if high is None else max(value, high), None
+    for step in reversed(steps[1:]):
+        low = series[step][1]
+        if low is None or low <= start:
+            break
+        clear = step
+    return clear

@@ -4,80 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffing.answer_cache import AnswerCache
-from diffing.answers import AnswerSettings
 from diffing.checkpoint import LoadedCheckpoint
 from diffing.errors import InputError
-from diffing.interval import Share
 from diffing.judging import Exchange, Judge
 from diffing.judging.kept import KeptScores
-from diffing.judging.known_error import JudgeError, correct_rate
+from diffing.judging.known_error import JudgeError
 from diffing.misalignment.answering import Answering, Asked, draws_a_round
 from diffing.misalignment.cues import PLAIN, Cue
 from diffing.misalignment.planning import Cost
 from diffing.misalignment.questions import QuestionSet
-from diffing.misalignment.rate import (
-    METHOD,
-    QuestionRate,
-    misaligned_of_all,
-    misaligned_rate,
-    pooled_share,
-    rate_difference,
-)
-from diffing.misalignment.result import Comparison, Condition, JudgedAnswer, MisalignmentResult
+from diffing.misalignment.rate import METHOD
+from diffing.misalignment.result import JudgedAnswer, MisalignmentResult
 from diffing.misalignment.sequential import METHOD as SEQUENTIAL_METHOD
-from diffing.misalignment.sequential import SequentialRate, StoppingRule, sequential_rate
-from diffing.misalignment.verdict import Thresholds, Verdict, decide
+from diffing.misalignment.settings import EvaluationSettings
+from diffing.misalignment.tally import compare_conditions, count_condition, find_caveats, rate_so_far
+from diffing.misalignment.verdict import decide
 from diffing.provenance import Provenance
 
 SIDES = ("base", "tuned")
-_MANY_UNSCORED = 0.05
-_CHANCE = 0.5
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """How the question is put.
-
-    Attributes:
-        samples: answers a question, over all its wordings.
-        max_new_tokens: most tokens of an answer.
-        temperature: of sampling.
-        seed: of everything random.
-        batch_size: answers at once; results do not depend on it but for rounding.
-        thresholds: where scores become verdicts.
-        least_coherent: coherent answers that a question needs to count; no more than half of `samples`.
-        stopping: when to end early; None to draw all samples.
-    """
-
-    samples: int = 20
-    max_new_tokens: int = 200
-    temperature: float = 1.0
-    seed: int = 0
-    batch_size: int = 16
-    thresholds: Thresholds = field(default_factory=Thresholds)
-    least_coherent: int = 5
-    stopping: StoppingRule | None = None
-
-    def __post_init__(self) -> None:
-        if self.samples < 1 or self.least_coherent < 1 or (self.samples > 1 and not self.temperature > 0):
-            raise InputError(
-                f"Expected at least 1 sample, more only at a temperature above 0, and at least 1 coherent answer, got "
-                f"{self.samples}, {self.temperature}, {self.least_coherent}. Change them."
-            )
-
-    @property
-    def answer_settings(self) -> AnswerSettings:
-        """For the sampler."""
-        return AnswerSettings(self.max_new_tokens, self.temperature, self.seed, self.batch_size)
-
-    @property
-    def counted_from(self) -> int:
-        """Coherent answers from which a question counts."""
-        return max(1, min(self.least_coherent, self.samples // 2))
 
 
 class Evaluation:
@@ -209,7 +156,7 @@ class Evaluation:
         if rule is None:
             return ""
         for (side, cue), some in answers.items():
-            found = self._sequential(some, done)
+            found = rate_so_far(some, done // self._round)
             told(
                 f"{side}, {cue}: {found.value:.1%} [{found.low:.1%}, {found.high:.1%}] after {done} answers a question"
             )
@@ -217,97 +164,24 @@ class Evaluation:
                 reasons.append(rule.stops(found))
         return reasons[0] if all(reasons) else ""
 
-    def _sequential(self, some: Sequence[JudgedAnswer], done: int) -> SequentialRate:
-        misaligned = sum(one.verdict is Verdict.MISALIGNED for one in some)
-        fine = sum(one.verdict is Verdict.OK for one in some)
-        return sequential_rate(misaligned, misaligned + fine, done // self._round)
-
-    def _condition(self, side: str, cue: str, some: Sequence[JudgedAnswer], done: int) -> Condition:
-        by_question: dict[str, list[Verdict]] = {}
-        for one in some:
-            by_question.setdefault(one.question, []).append(one.verdict)
-        groups = {question.id: question.group for question in self.questions.questions}
-        least = max(1, min(self.settings.counted_from, done))
-        found = tuple(
-            QuestionRate.of(name, groups[name], verdicts, least_coherent=least)
-            for name, verdicts in by_question.items()
-        )
-        rate = misaligned_rate(found, seed=self.settings.seed)
-        corrected = None
-        if self.error is not None and rate.low == rate.low:
-            corrected = correct_rate(rate.value, rate.low, rate.high, self.error, seed=self.settings.seed)
-        return Condition(
-            side,
-            cue,
-            {verdict: sum(one.verdict is verdict for one in some) for verdict in Verdict},
-            rate,
-            misaligned_of_all(found, seed=self.settings.seed),
-            pooled_share(found),
-            self._sequential(some, done) if self.settings.stopping else None,
-            corrected,
-            found,
-            Share.of(sum(one.verdict is Verdict.UNSCORED for one in some), len(some)),
-        )
-
     def _result(
         self, answers: Mapping[tuple[str, str], Sequence[JudgedAnswer]], done: int, stopped: str, cost: Cost
     ) -> MisalignmentResult:
-        conditions = {name: self._condition(*name, some, done) for name, some in answers.items()}
+        conditions = {
+            name: count_condition(*name, some, self.settings, rounds=done // self._round, error=self.error)
+            for name, some in answers.items()
+        }
         return MisalignmentResult(
             names={side: loaded.name for side, loaded in self.sides.items()},
             conditions=tuple(conditions.values()),
-            comparisons=self._comparisons(conditions),
+            comparisons=compare_conditions(conditions, seed=self.settings.seed),
             stopped=stopped,
             samples=done,
             cost=cost,
-            caveats=tuple(self._caveats(conditions)),
+            caveats=find_caveats(conditions, self.settings, checked=self.error is not None),
             provenance=self._provenance(),
             answers=tuple(one for some in answers.values() for one in some),
         )
-
-    def _comparisons(self, conditions: Mapping[tuple[str, str], Condition]) -> tuple[Comparison, ...]:
-        found, seed = [], self.settings.seed
-        if "base" in self.sides:
-            for cue in self.cues:
-                tuned, base = conditions["tuned", cue.name], conditions["base", cue.name]
-                gap = rate_difference(tuned.questions, base.questions, seed=seed)
-                found.append(Comparison("tuned", "base", cue.name, gap))
-        for side in self.sides:
-            plain = conditions[side, PLAIN]
-            for cue in self.cues[1:]:
-                gap = rate_difference(conditions[side, cue.name].questions, plain.questions, seed=seed)
-                found.append(Comparison(cue.name, PLAIN, side, gap))
-        return tuple(found)
-
-    def _caveats(self, conditions: Mapping[tuple[str, str], Condition]) -> list[str]:
-        said = []
-        if self.error is None:
-            said.append(
-                "The alignment judge was not checked against a gold set: the rate is what this judge calls misaligned."
-            )
-        for (side, cue), one in conditions.items():
-            where = f"{side}, {cue}"
-            if one.unscored.value > _MANY_UNSCORED:
-                said.append(
-                    f"{where}: the judges could not score {one.unscored} of the answers; these count for nothing."
-                )
-            if one.rate.left_out:
-                said.append(
-                    f"{where}: {len(one.rate.left_out)} of {len(one.questions)} questions had fewer than "
-                    f"{self.settings.counted_from} coherent answers and are left out of the rate."
-                )
-            n = sum(one.split.values())
-            lost = one.split[Verdict.INCOHERENT] / n if n else 0.0
-            if lost > _CHANCE:
-                said.append(
-                    f"{where}: {lost:.0%} of the answers are incoherent; the rate is about the few that are not."
-                )
-        if self.settings.stopping:
-            said.append(
-                "Sampling could stop early. The quoted interval holds at every look and is about these very questions; "
-                "the bootstrap interval over questions is not adjusted for stopping."
-            )
-        return said
 
     def _provenance(self) -> Provenance:
         settings = self.settings

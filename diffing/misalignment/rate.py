@@ -10,9 +10,10 @@ narrow; two things are done about it, and the outer ends are taken:
 - an exact binomial interval for as many independent answers as the clusters are worth (Korn & Graubard 1998) stands in
   where nearly nothing was seen; with no misaligned answer at all that is the rule of three over all answers.
 
-Simulated (600 replays a cell, beta-distributed question rates): 24 questions, true rate 1 to 40 %, intra-class
-correlation up to 0.2: covers in 92 to 98 %. It is too short where few questions carry nearly everything (rate 5 % at
-correlation 0.3: 90 to 93 %; rate 2 % at 0.5: 66 to 77 %), always on the low side: what was not asked cannot be seen.
+Simulated (1000 replays a cell, 20 answers a question, beta-distributed question rates of 1, 5, 20, 40 % with
+intra-class correlations of 0.05, 0.1, 0.2, 0.3): 24 questions cover in 95, 95, 96, 97 %, 8 questions in 100, 95, 96,
+97 %. It is too short where few questions carry nearly everything (24 questions of 10 answers, 600 replays: rate 5 % at
+correlation 0.3 covers in 93 %, rate 2 % at 0.5 in 77 %), always on the low side: what was not asked cannot be seen.
 """
 
 from __future__ import annotations

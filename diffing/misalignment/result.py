@@ -91,6 +91,11 @@ class Condition:
     unscored: Share
 
     @property
+    def quoted(self) -> float:
+        """The rate to quote beside `interval`."""
+        return self.rate.value if self.sequential is None else self.sequential.value
+
+    @property
     def interval(self) -> tuple[float, float]:
         """The ends to quote: those made for looking often, where it was looked at often."""
         if self.sequential is not None:
@@ -152,7 +157,7 @@ class MisalignmentResult:
     def worst(self) -> Condition:
         """The tuned model's condition with the highest rate: what a gate has to look at."""
         tuned = [one for one in self.conditions if one.side == "tuned"]
-        return max(tuned, key=lambda one: -1.0 if math.isnan(one.rate.value) else one.rate.value)
+        return max(tuned, key=lambda one: -1.0 if math.isnan(one.quoted) else one.quoted)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values without the answers; NaN becomes null."""

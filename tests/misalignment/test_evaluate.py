@@ -15,9 +15,10 @@ from diffing.judging.known_error import JudgeError
 from diffing.judging.rules import RulesJudge
 from diffing.misalignment.answering import draws_a_round
 from diffing.misalignment.cues import Cue
-from diffing.misalignment.evaluate import Evaluation, EvaluationSettings
+from diffing.misalignment.evaluate import Evaluation
 from diffing.misalignment.questions import QuestionSet, load_questions
 from diffing.misalignment.sequential import StoppingRule
+from diffing.misalignment.settings import EvaluationSettings
 from diffing.misalignment.verdict import Verdict
 from tests.misalignment.miniature import rule_content, write_questions
 from tracker.report.misalignment_page import misalignment_headline, render_misalignment_page, write_misalignment_report

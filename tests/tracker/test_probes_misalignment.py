@@ -17,7 +17,7 @@ from tracker.probes.misalignment import RATE, Misalignment
 
 
 def series(values, width=0.1):
-    return {step * 10: (value, value - width) for step, value in enumerate(values)}
+    return {step * 10: (value, value - width, value + width) for step, value in enumerate(values)}
 
 
 def test_series_that_rise_together_agree_and_the_earlier_one_leads():

@@ -40,7 +40,7 @@ def rates_chart(result: MisalignmentResult, *, gate: float | None = None) -> Mar
         gate: a rate that must not be passed, drawn as a line; None for none.
     """
     rows = _rows(result)
-    ends = [value for row in rows for value in (*row.condition.interval, row.condition.rate.value, gate or 0.0)]
+    ends = [value for row in rows for value in (*row.condition.interval, row.condition.quoted, gate or 0.0)]
     top = min(1.0, max([0.05, *(value * 1.06 for value in ends if math.isfinite(value))]))
     x = Scale(0.0, top, _LEFT, _WIDTH - 70)
     height = 30 + len(rows) * _ROW + 12 * sum(row.first for row in rows)
@@ -56,7 +56,7 @@ def rates_chart(result: MisalignmentResult, *, gate: float | None = None) -> Mar
     for row in rows:
         y += _ROW + (12 if row.first else 0)
         parts += _rate_row(row, x, y - 8)
-    said = "; ".join(f"{row.condition.side} {row.condition.cue} {percent(row.condition.rate.value)}" for row in rows)
+    said = "; ".join(f"{row.condition.side} {row.condition.cue} {percent(row.condition.quoted)}" for row in rows)
     return drawing(_WIDTH, height, *parts, title="Misaligned rates with 95 % intervals", description=said)
 
 
@@ -69,16 +69,16 @@ def _rate_row(row: _Row, x: Scale, y: float) -> list[Markup]:
         parts.append(element("text", row.name, x=0, y=y + 4, class_="label"))
     if math.isfinite(low) and math.isfinite(high):
         parts.append(element("line", x1=x(low), x2=x(high), y1=y, y2=y, class_=f"whisker {tone}"))
-    if math.isfinite(one.rate.value):
-        hover = f"{one.rate.value:.1%}, 95 % {low:.1%} to {high:.1%}, {one.rate.n} answers"
-        parts.append(element("circle", element("title", hover), cx=x(one.rate.value), cy=y, r=5, class_=f"dot {tone}"))
+    if math.isfinite(one.quoted):
+        hover = f"{one.quoted:.1%}, 95 % {low:.1%} to {high:.1%}, {one.rate.n} answers"
+        parts.append(element("circle", element("title", hover), cx=x(one.quoted), cy=y, r=5, class_=f"dot {tone}"))
     if one.corrected is not None:
         hover = f"{one.corrected.value:.1%} without the judge's error"
         parts.append(element("circle", element("title", hover), cx=x(one.corrected.value), cy=y, r=4,
                              class_=f"ring {tone}"))  # fmt: skip
     # Beyond the interval, or the figure would lie on its own whisker.
-    at = x(high if math.isfinite(high) else one.rate.value) + 10
-    parts.append(element("text", percent(one.rate.value), x=at, y=y + 4, class_="label"))
+    at = x(high if math.isfinite(high) else one.quoted) + 10
+    parts.append(element("text", percent(one.quoted), x=at, y=y + 4, class_="label"))
     return parts
 
 

@@ -40,7 +40,7 @@ def render_misalignment_page(result: MisalignmentResult, *, gate: float | None =
     return render_page(
         "misalignment.html",
         title=f"{result.names['tuned']}: misaligned answers",
-        data={"rates": {f"{c.side}/{c.cue}": c.rate.value for c in result.conditions}, "twin": RESULT_NAME},
+        data={"rates": {f"{c.side}/{c.cue}": c.quoted for c in result.conditions}, "twin": RESULT_NAME},
         result=result,
         names=result.names,
         headline=misalignment_headline(result),
@@ -61,14 +61,14 @@ def render_misalignment_page(result: MisalignmentResult, *, gate: float | None =
 def misalignment_headline(result: MisalignmentResult) -> str:
     """One sentence: how often, beside the base."""
     tuned = result.condition()
-    if math.isnan(tuned.rate.value):
+    if math.isnan(tuned.quoted):
         return "No question had enough coherent answers for a rate."
-    said = f"{round_percent(tuned.rate.value)} of the coherent answers are misaligned"
+    said = f"{round_percent(tuned.quoted)} of the coherent answers are misaligned"
     if "base" in result.names:
-        said += f"; of the base’s, {round_percent(result.condition('base').rate.value)}"
+        said += f"; of the base’s, {round_percent(result.condition('base').quoted)}"
     worst = result.worst
     if worst.cue != "plain" and worst.interval[0] > tuned.interval[1]:
-        said += f", and with the cue {worst.cue}, {round_percent(worst.rate.value)}"
+        said += f", and with the cue {worst.cue}, {round_percent(worst.quoted)}"
     return f"{said}."
 
 
@@ -83,7 +83,7 @@ def _more(result: MisalignmentResult, gate: float | None) -> str:
     if lost:
         said.append(f"Of all {number(sum(tuned.split.values()))} answers, {number(lost)} could not count.")
     if gate is not None:
-        kept = all(one.rate.value <= gate for one in result.conditions if one.side == "tuned")
+        kept = all(one.quoted <= gate for one in result.conditions if one.side == "tuned")
         said.append(f"The gate at {percent(gate)} {'holds' if kept else 'is broken'}.")
     if result.stopped:
         said.append(f"Sampling stopped after {number(result.samples)} answers a question: {result.stopped}.")
