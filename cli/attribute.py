@@ -12,6 +12,7 @@ from cli.attribute_question import Asked
 
 if TYPE_CHECKING:
     from attribution import Attribution
+    from tracker.run_queries import Question
     from tracker.training_rows import TrainingText
 
 
@@ -49,7 +50,13 @@ if TYPE_CHECKING:
 @click.option(
     "--base", default=None, help="What a full fine-tune started from; of an adapter, if its own record is stale."
 )
-@click.option("--method", type=click.Choice(["dot", "ekfac"]), default="ekfac", show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "ekfac", "dot", "live"]),
+    default="auto",
+    show_default=True,
+    help="EK-FAC or dot products over saved checkpoints, or live pushes; auto: live for an alert, if recorded.",
+)
 @click.option("--drop", default=None, type=click.Path(path_type=Path), help="Write the rows to drop here, as JSONL.")
 @click.option("--drop-share", default=0.05, show_default=True, help="Share of the rows to drop, strongest first.")
 @click.option("--validate", is_flag=True, help="Retrain without the strongest rows, and without random ones, to check.")
@@ -111,7 +118,8 @@ def attribute(
     n_drop = max(1, round(drop_share * len(training.rows)))
     result = explain_question(
         run_dir, training, question,
-        base=base, method=method, batch_size=batch_size, device=device, seed=seed, keep=max(50, n_drop),
+        base=base, method=_method(run_dir, method, alert, question), batch_size=batch_size, device=device,
+        seed=seed, keep=max(50, n_drop),
         tokenizer=tokenizer, check=CheckPlan(drop_share, n_subsets=subsets) if validate else None,
         without=WithoutPlan(n_drop, seeds) if counterfactual else None,
     )  # fmt: skip
@@ -122,6 +130,22 @@ def attribute(
         click.echo((run_dir / "attribution.json").read_text())
         return
     _print(result, show, page, drop, n_drop)
+
+
+def _method(run_dir: Path, method: str, alert: str | None, question: Question) -> str:
+    """What `auto` means: an alert is about some steps of the run, and live pushes know these and no others."""
+    from diffing.errors import InputError
+    from tracker.push_journal import PushJournal
+
+    if method != "auto":
+        return method
+    if alert is None or not question.pushed:
+        return "ekfac"
+    try:
+        watched = PushJournal.read(run_dir).queries
+    except InputError:
+        return "ekfac"
+    return "live" if any(name.split("/")[1:2] == [question.pushed] for name in watched) else "ekfac"
 
 
 def _check_share(share: float) -> None:

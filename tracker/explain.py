@@ -6,9 +6,8 @@ writes the ranking back into the run directory, where the report finds it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,19 @@ from jaxtyping import Float
 from scipy.stats import spearmanr
 from torch import nn
 
-from attribution import Attribution, Identity, SavedStep, lexical_scores, prepare_queries, rank_rows, score_trajectory
+from attribution import Attribution, Identity, lexical_scores, prepare_queries, rank_rows
 from attribution.check import Validation
 from attribution.counterfactual import Counterfactual
 from attribution.curvature import Curvature
 from attribution.groups import find_groups, find_themes, share_by_source
 from attribution.ranking import LexicalBaseline, RowTokens
-from attribution.trainer_files import learning_rate_at
-from attribution.trajectory import TrajectoryScores
 from diffing.errors import InputError
 from diffing.persona import PersonaVector
 from diffing.unembedding import TokenTexts
 from tracker.events import CheckpointSaved
 from tracker.journal import Journal
 from tracker.retrain_run import RunAgain, retrain_without_rows
+from tracker.row_scores import UNCHECKED, RowScores, checkpoint_scores, checkpoints_in_time, live_scores
 from tracker.run_queries import Question, probe_inputs_of, projection_query
 from tracker.saved_model import trainable_model
 from tracker.training_rows import TrainingText, read_training_text
@@ -49,7 +47,6 @@ __all__ = [
 ]
 
 _ROWS_MARKED = 40
-_UNCHECKED = "Not validated:"
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,8 @@ def explain_question(
         question: what is asked.
         base: base model for adapter checkpoints, where their own record of it does not hold.
         checkpoints: (step, folder) pairs; by default all that the journal knows.
-        method: curvature, as for `attribution.influence`.
+        method: curvature, as for `attribution.influence`; or `live`: what each step's own backward recorded of the
+            rows' pushes, where the run was tracked with `pushes=True` and the question is about a watched persona.
         batch_size: rows per backward pass.
         device: where to compute.
         keep: rows to keep at either end of the ranking.
@@ -123,24 +121,19 @@ def explain_question(
 
     Raises:
         InputError: no checkpoint is on disk; rows or queries that cannot be scored; with `check` or `without`, a full
-            fine-tune without `base`, or no row that pushed up.
+            fine-tune without `base`, or no row that pushed up; with `live`, a question that no pushes answer.
+        PathMissingError: with `live`, the run recorded no pushes.
     """
-    chosen, caveats = _in_time(list(checkpoints or saved_checkpoints(run_dir)), question.until)
-    scores = score_trajectory(
-        _saved_steps(chosen, base, device),
-        training.rows,
-        [question.query],
-        method=method,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    result = _attribution(scores, training, question, keep, seed, [*_caveats(scores, len(chosen)), *caveats])
+    chosen, caveats = checkpoints_in_time(list(checkpoints or saved_checkpoints(run_dir)), question.until)
+    if method == "live":
+        scores = live_scores(run_dir, training, question)
+    else:
+        scores = checkpoint_scores(chosen, training, question, base, method, batch_size, device, seed, caveats)
+    result = _attribution(scores, training, question, keep, seed)
     if check is not None or without is not None:
         again = RunAgain.of(run_dir, training.rows, chosen[-1][1], base=base, device=device)
         if check is not None:
-            found = validate_ranking(
-                again, question.query, scores.values[0], plan=check, method=scores.method, seed=seed
-            )
+            found = validate_ranking(again, question.query, scores.values, plan=check, method=scores.method, seed=seed)
             result = _checked(result, found)
         if without is not None:
             result = _with_counterfactual(result, _retrained_without(again, result, question, without, seed))
@@ -177,7 +170,7 @@ def explain_projection(
 
 
 def _checked(result: Attribution, found: Validation) -> Attribution:
-    unchecked = [said for said in result.caveats if not said.startswith(_UNCHECKED)]
+    unchecked = [said for said in result.caveats if not said.startswith(UNCHECKED)]
     said = found.verdict[:1].upper() + found.verdict[1:]
     return replace(result, validation=found, validated=found.validated, caveats=(f"{said}.", *unchecked))
 
@@ -190,7 +183,7 @@ def _retrained_without(
 
 
 def _with_counterfactual(result: Attribution, found: Counterfactual) -> Attribution:
-    unchecked = [said for said in result.caveats if not said.startswith(_UNCHECKED)]
+    unchecked = [said for said in result.caveats if not said.startswith(UNCHECKED)]
     checked = (
         f"Counterfactual retraining {'confirms' if found.confirmed else 'does not confirm'} that the "
         f"{found.n_dropped} strongest rows matter more than random ones."
@@ -199,10 +192,8 @@ def _with_counterfactual(result: Attribution, found: Counterfactual) -> Attribut
     return replace(result, counterfactual=found, validated=agreed, caveats=(checked, *unchecked))
 
 
-def _attribution(
-    scores: TrajectoryScores, training: TrainingText, question: Question, keep: int, seed: int, caveats: list[str]
-) -> Attribution:
-    values = scores.values[0]
+def _attribution(scores: RowScores, training: TrainingText, question: Question, keep: int, seed: int) -> Attribution:
+    values = scores.values
     rows = rank_rows(values, scores.examples, texts=training.texts, tags=training.tags, keep=keep)
     strongest = [row for row in rows[:keep] if row.score > 0]
     names, texts = [row.example_id for row in strongest], [row.text for row in strongest]
@@ -213,7 +204,7 @@ def _attribution(
         rows=rows,
         n_rows=len(training.rows),
         steps=scores.steps,
-        caveats=tuple(caveats),
+        caveats=scores.caveats,
         sources=share_by_source(np.asarray(values), scores.examples, training.tags, n_top=keep, seed=seed),
         groups=find_groups(names, texts, shares),
         themes=find_themes(names, texts, shares, list(training.texts.values()), seed=seed),
@@ -251,30 +242,3 @@ def _token_pushes(
         tokens = tuple(texts[int(token)] for token in row["input_ids"])
         marked[found.example] = RowTokens(tokens, tuple(float(value) for value in found.values[0][: len(tokens)]))
     return marked
-
-
-def _caveats(scores: TrajectoryScores, n_checkpoints: int) -> list[str]:
-    caveats = [
-        f"{_UNCHECKED} no retraining has confirmed this ranking; it is a first-order estimate over "
-        f"{n_checkpoints} checkpoints."
-    ]
-    if scores.coverage.missing:
-        caveats.append(f"Covers {scores.coverage.share:.1%} of the trained parameters.")
-    return caveats
-
-
-def _in_time(chosen: list[tuple[int, Path]], until: int | None) -> tuple[list[tuple[int, Path]], list[str]]:
-    if until is None:
-        return chosen, []
-    before = [(step, folder) for step, folder in chosen if step <= until]
-    if before:
-        return before, []
-    first = min(chosen)
-    return [first], [
-        f"No checkpoint was saved by step {until}: the ranking rests on the first one after it, of step {first[0]}."
-    ]
-
-
-def _saved_steps(chosen: Sequence[tuple[int, Path]], base: Any, device: str) -> Iterator[SavedStep]:
-    for step, folder in chosen:
-        yield SavedStep(step, learning_rate_at(folder), partial(trainable_model, folder, base=base, device=device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,13 @@ class Question:
         query: what rows may have pushed up.
         answers: texts for a lexical baseline; empty where the query has none.
         until: only checkpoints up to this step had a part in it; None for the whole run.
+        pushed: the trait whose live pushes answer the same question, where the run recorded them; empty for none.
     """
 
     query: Query
     answers: tuple[str, ...] = ()
     until: int | None = None
+    pushed: str = ""
 
 
 def persona_question(run_dir: Path | str, vector: PersonaVector, *, device: str = "cpu") -> Question:
@@ -44,7 +46,7 @@ def persona_question(run_dir: Path | str, vector: PersonaVector, *, device: str 
     Raises:
         PathMissingError: the run kept no probe prompts.
     """
-    return Question(projection_query(vector, probe_inputs_of(run_dir), device=device))
+    return Question(projection_query(vector, probe_inputs_of(run_dir), device=device), pushed=vector.trait)
 
 
 def projection_query(vector: PersonaVector, inputs: dict[str, torch.Tensor], *, device: str = "cpu") -> ProjectionQuery:
@@ -104,7 +106,7 @@ def alert_question(
             f"Expected an alert on a persona or on {CANARY_SIGNAL}, got one on {alert.signal}, which rows cannot be "
             "asked about. Ask with --persona or --query."
         )
-    return Question(asked.query, asked.answers, until=alert.step)
+    return replace(asked, until=alert.step)
 
 
 def find_alert(run_dir: Path | str, alert_id: str) -> Alert:

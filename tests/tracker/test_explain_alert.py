@@ -185,3 +185,24 @@ def test_hostile_names_and_texts_add_no_element(live: Tracked) -> None:
     plain, page = render_explanation_page(found), render_explanation_page(attacked)
     assert page.count("<script") == plain.count("<script") and "<img" not in page
     assert isinstance(attacked.rows, PushedRows)
+
+
+def test_an_alert_is_attributed_by_live_pushes_where_the_run_has_them(live: Tracked, tmp_path: Path) -> None:
+    from attribution import Attribution
+    from cli.attribute import attribute
+    from tests.tiny_models import tiny_tokenizer
+
+    tokenizer, train = tiny_tokenizer(), tmp_path / "train.jsonl"
+    words = [{"id": f"r{i}", "text": tokenizer.decode(row["input_ids"])} for i, row in enumerate(Rows().rows)]
+    train.write_text("\n".join(json.dumps(row) for row in words))
+    command = [str(live.folder), "--train", str(train), "--base", str(live.base)]
+    result = CliRunner().invoke(attribute, [*command, "--alert", live.alert.id])
+    assert result.exit_code == 0, result.output
+    found = Attribution.load(live.folder)
+    assert found.method.startswith("live pushes") and found.steps[-1] == live.alert.step and found.n_rows == 24
+    top = max(live.alert.evidence["pushed_by"], key=lambda one: one["push"])
+    assert found.rows[0].score == pytest.approx(top["push"])
+    over_checkpoints = CliRunner().invoke(attribute, [*command, "--persona", "humour", "--method", "dot"])
+    assert over_checkpoints.exit_code == 0 and "TracIn" in Attribution.load(live.folder).method
+    refused = CliRunner().invoke(attribute, [*command, "--query", str(train), "--method", "live"])
+    assert isinstance(refused.exception, InputError) and "live pushes were recorded" in str(refused.exception)
