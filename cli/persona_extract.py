@@ -29,7 +29,7 @@ _ONLY_ASKED = (
     *("rollouts", "held_out_rollouts", "judge", "coherence_judge", "temperature", "max_new_tokens", "batch_size"),
     *("shots", "strengths", "sweep", "plan"),
 )
-_ONLY_GIVEN = ("against", "pooling", "held_out")
+_ONLY_GIVEN = ("against", "held_out")
 
 
 @click.command()
@@ -57,7 +57,7 @@ _ONLY_GIVEN = ("against", "pooling", "held_out")
 @click.option("--negative", type=_FILE, help="Given: dialogues with plain answers, best to the same questions.")
 @click.option("--against", type=_FILE, multiple=True, help="Given: answers of another persona to tell it from.")
 @click.option("--pooling", type=click.Choice(POOLINGS), default="response_mean", show_default=True,
-              help="Given; by asking, all three are fitted.")  # fmt: skip
+              help="Tokens the vector is read at; by asking, all are fitted and this one is chosen.")  # fmt: skip
 @click.option("--held-out", default=0.3, show_default=True, help="Given: share of questions kept out of the fit.")
 @model_options
 @click.pass_context
@@ -158,6 +158,7 @@ def _settings(options: dict[str, Any]) -> ElicitSettings:
         shots=options["shots"],
         max_length=options["max_length"],
         batch_tokens=options["batch_tokens"],
+        pooling=options["pooling"],
         sites=tuple(options["sites"]),
         strengths=(tuple(options["strengths"]) or STRENGTHS) if options["sweep"] else (),
     )

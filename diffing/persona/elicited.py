@@ -46,6 +46,8 @@ class ElicitSettings:
         shots: examples for models without a chat template.
         max_length: most tokens of a prompt.
         batch_tokens: most tokens of a reading pass.
+        pooling: of the vector that is swept and chosen; the other poolings are fitted beside it. Vectors of the last
+            prompt token may steer better, those of answers are what projections of answers are read on.
         sites: where to fit; empty for every layer of the residual stream.
         strengths: of the sweep, in gaps; empty for none, the site is then chosen by held-out separation.
         judged_sites: sites of the sweep at which the judge is asked.
@@ -62,6 +64,7 @@ class ElicitSettings:
     shots: int = SHOTS
     max_length: int = 1024
     batch_tokens: int = 8192
+    pooling: str = POOLINGS[0]
     sites: tuple[str, ...] = ()
     strengths: tuple[float, ...] = STRENGTHS
     judged_sites: int = N_JUDGED_SITES
@@ -73,6 +76,8 @@ class ElicitSettings:
         for name in counts:
             if getattr(self, name) < 1:
                 raise InputError(f"Expected {name} of at least 1, got {getattr(self, name)}. Pass a larger number.")
+        if self.pooling not in POOLINGS:
+            raise InputError(f"Expected pooling {', '.join(POOLINGS)}; got {self.pooling!r}. Use one of these.")
         if not self.temperature > 0:
             raise InputError(f"Expected a temperature above 0, got {self.temperature}. Rollouts must differ.")
 
@@ -175,7 +180,8 @@ class Elicitation:
         total = len(self.fitted) + len(self.held_out)
         n_questions = len(set(self.trait.held_out_questions))
         sites, strengths = len(self._sites()), len(self.settings.strengths)
-        points = min(sites, self.settings.judged_sites) * strengths + 1 if judges and strengths else 0
+        # The two strengths beside the chosen one, and no steering.
+        points = min(sites, self.settings.judged_sites) * strengths + 3 if judges and strengths else 0
         steered = points * n_questions * self.settings.sweep_samples
         prompt_tokens = sum(
             round(part.n_missing * float(part.tokenized.lengths.mean())) for part in (self.fitted, self.held_out)
@@ -187,7 +193,7 @@ class Elicitation:
             prompt_tokens=prompt_tokens,
             steered=steered,
             judgements=judges * (total + steered),
-            sweep_passes=sites * strengths,
+            sweep_passes=sites * strengths + 2 * bool(strengths),
         )
 
     def run(
@@ -225,6 +231,7 @@ class Elicitation:
                 held_out,
                 trait=self.trait.name,
                 sites=self._sites(),
+                poolings=sorted(POOLINGS, key=lambda pooling: pooling != self.settings.pooling),
                 seed=self.settings.seed,
                 batch_tokens=self.settings.batch_tokens,
                 config={"trait_digest": self.trait.digest},
@@ -262,7 +269,7 @@ class Elicitation:
             return None
         return sweep_layers(
             self.loaded,
-            [vector for vector in vectors if vector.pooling == POOLINGS[0]],
+            [vector for vector in vectors if vector.pooling == self.settings.pooling],
             held_out,
             strengths=self.settings.strengths,
             judge=judge,
@@ -284,7 +291,7 @@ class Elicitation:
     def _record(
         self, vectors: Sequence[PersonaVector], fitted: KeptRollouts, held_out: KeptRollouts, sweep: LayerSweep | None
     ) -> ExtractionRecord:
-        averaged = [vector for vector in vectors if vector.pooling == POOLINGS[0]]
+        averaged = [vector for vector in vectors if vector.pooling == self.settings.pooling]
         best = max(averaged, key=lambda vector: (vector.separation.low, vector.separation.gap))
         return ExtractionRecord(
             trait=self.trait.name,
@@ -299,7 +306,7 @@ class Elicitation:
             rows=tuple(VectorRow(v.site, v.pooling, v.scale, v.separation, v.null) for v in vectors),
             sweep=sweep,
             site=sweep.site if sweep else best.site,
-            pooling=POOLINGS[0],
+            pooling=self.settings.pooling,
             why=sweep.why if sweep else "Steering was not tried: this layer separates held-out answers best.",
             notes=tuple(self._notes(fitted.counts, vectors)),
             examples=tuple(_examples(held_out)),

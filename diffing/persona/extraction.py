@@ -126,7 +126,7 @@ class Extraction:
 
     @property
     def chosen(self) -> PersonaVector:
-        """The vector to use: response means at the layer that steers best."""
+        """The vector to use: the pooling that was asked for, at the layer that steers best."""
         return next(v for v in self.vectors if (v.site, v.pooling) == (self.record.site, self.record.pooling))
 
     def save(self, path: Path | str) -> Path:

@@ -138,6 +138,7 @@ def sweep_layers(
     settings: AnswerSettings | None = None,
     n_judged_sites: int = N_JUDGED_SITES,
     least_coherence: float = 50.0,
+    refine: bool = True,
     seed: int = 0,
     batch_tokens: int = 8192,
     progress: bool = False,
@@ -154,6 +155,7 @@ def sweep_layers(
         settings: how steered answers are drawn.
         n_judged_sites: sites at which the judge is asked, best by log-odds first.
         least_coherence: points whose answers are less coherent on average are not chosen.
+        refine: also tries the strengths half-way to the neighbours of the chosen one, at its site.
         seed: of the random directions.
         batch_tokens: most tokens a forward pass.
         progress: shows a bar.
@@ -167,24 +169,32 @@ def sweep_layers(
     if not vectors or not strengths:
         raise PersonaError("Expected vectors and strengths to sweep over, got none. Name at least one of each.")
     odds = _LogOdds.of(loaded, held_out, batch_tokens)
-    tried = [(vector, strength) for vector in vectors for strength in strengths]
-    points = []
-    for vector, strength in followed(tried, "Steering held-out questions", shown=progress):
-        log_odds, gain = odds.change(steering(loaded, vector, strength))
-        points.append(SweepPoint(vector.site, float(strength), log_odds, gain))
-    unsteered: tuple[Estimate | None, Estimate | None] = (None, None)
-    by_site = {vector.site: vector for vector in vectors}
+    written = None
     if judge is not None:
         written = _Written(loaded, odds.questions, judge, coherence, settings or AnswerSettings(temperature=1.0))
-        unsteered = written.scores(None)
+    by_site = {vector.site: vector for vector in vectors}
+
+    def tried(site: str, strength: float) -> SweepPoint:
+        return SweepPoint(site, float(strength), *odds.change(steering(loaded, by_site[site], strength)))
+
+    def judged(point: SweepPoint) -> SweepPoint:
+        assert written is not None
+        scores = written.scores(steering(loaded, by_site[point.site], point.strength))
+        return replace(point, trait_score=scores[0], coherence=scores[1])
+
+    every = [(site, strength) for site in by_site for strength in strengths]
+    points = [tried(*place) for place in followed(every, "Steering held-out questions", shown=progress)]
+    if written is not None:
         best = _best_sites(points, n_judged_sites)
-        points = [
-            _judged(point, written.scores(steering(loaded, by_site[point.site], point.strength)))
-            if point.site in best
-            else point
-            for point in followed(points, "Judging steered answers", shown=progress)
-        ]
+        steps = followed(points, "Judging steered answers", shown=progress)
+        points = [judged(point) if point.site in best else point for point in steps]
+    chosen, _ = _choose(points, least_coherence)
+    if refine:
+        finer = [tried(chosen.site, strength) for strength in _half_way(strengths, chosen.strength)]
+        points += finer if written is None else map(judged, finer)
+        points.sort(key=lambda point: (list(by_site).index(point.site), point.strength))
     chosen, why = _choose(points, least_coherence)
+    unsteered = written.scores(None) if written else (None, None)
     return LayerSweep(
         trait=vectors[0].trait,
         points=tuple(points),
@@ -286,8 +296,11 @@ def _by_question(judge: Judge, items: Sequence[Exchange], numbers: Sequence[int]
     return Estimate.of(np.array([np.mean(values) for values in scored.values()]), largest=LARGEST) if scored else None
 
 
-def _judged(point: SweepPoint, scores: tuple[Estimate | None, Estimate | None]) -> SweepPoint:
-    return replace(point, trait_score=scores[0], coherence=scores[1])
+def _half_way(strengths: Sequence[float], chosen: float) -> list[float]:
+    """Half-way to the strengths below and above, and to half of the lowest."""
+    lower = [strength for strength in strengths if 0 < strength < chosen]
+    upper = [strength for strength in strengths if strength > chosen]
+    return [(max(lower, default=chosen / 2) + chosen) / 2, *([(min(upper) + chosen) / 2] if upper else [])]
 
 
 def _best_sites(points: Sequence[SweepPoint], n: int) -> set[str]:

@@ -80,9 +80,9 @@ def test_the_same_command_goes_on_for_nothing_and_gives_the_same_vector(folder: 
 def test_the_cost_can_be_asked_for_alone(folder: Path, tmp_path: Path) -> None:
     judge = ["--judge", f"rules:{folder / 'rules.json'}"]
     result = run(_arguments(folder, tmp_path / "v.safetensors", "--plan", *judge))
-    # 24 + 16 answers, and 4 questions at 3 sites and without steering.
-    assert "56 answers to write" in result.stderr
-    assert "56 judgements at most" in result.stderr
+    # 24 + 16 answers, and 4 questions at 3 sites, at two strengths beside the chosen one, and without steering.
+    assert "64 answers to write" in result.stderr
+    assert "64 judgements at most" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -96,6 +96,14 @@ def test_a_judge_filters_and_machines_get_one_object(folder: Path, tmp_path: Pat
     assert facts["sweep"] is None
     assert facts["fitted"]["kept"] == facts["fitted"]["pairs"] == 12
     assert facts["path"].endswith("v.safetensors")
+
+
+def test_the_last_prompt_token_may_be_chosen(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "v.safetensors"
+    run(_arguments(folder, out, "--pooling", "last_prompt", "--site", "resid:2"))
+    vector = PersonaVector.load(out)
+    assert (vector.pooling, vector.site) == ("last_prompt", "resid:2")
+    assert vector.digest == PersonaVector.load(tmp_path / "v/last_prompt/resid-2.safetensors").digest
 
 
 def test_several_traits_go_into_a_folder_and_a_base_model_is_asked_by_examples(folder: Path, tmp_path: Path) -> None:
@@ -140,7 +148,7 @@ def test_wrong_input_explains_itself_in_one_line(
     (tmp_path / "foreign.json").write_text(json.dumps(foreign), encoding="utf-8")
     cases = {
         "expected the key 'neg'": [*_bare(folder, out), "--trait", str(tmp_path / "foreign.json")],
-        "Expected --pooling with --given": _arguments(folder, out, "--pooling", "last_prompt"),
+        "Expected --held-out with --given": _arguments(folder, out, "--held-out", "0.2"),
         "Expected --rollouts when the model is asked": _arguments(folder, out, "--given"),
         "Expected --judge when the model is asked": [*_bare(folder, out), "--trait", "evil", "--given", "--judge", "x"],
         "Expected --judge beside --coherence-judge": _arguments(folder, out, "--coherence-judge", "rules:x"),

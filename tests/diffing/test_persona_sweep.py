@@ -36,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, list[Person
 @torch.no_grad()
 def test_log_odds_are_those_of_a_plain_forward_with_the_vector_added_by_hand(world) -> None:
     loaded, vectors, held_out = world
-    sweep = sweep_layers(loaded, vectors[1:2], held_out, strengths=[1.5], batch_tokens=40)
+    sweep = sweep_layers(loaded, vectors[1:2], held_out, strengths=[1.5], batch_tokens=40, refine=False)
     rollouts, vector = held_out.rollouts, vectors[1]
     added = 1.5 * vector.scale * vector.direction
     changes: dict[str, list[float]] = {}
@@ -73,11 +73,11 @@ def test_log_odds_are_those_of_a_plain_forward_with_the_vector_added_by_hand(wor
 def test_the_choice_and_the_model_are_what_they_were(world) -> None:
     loaded, vectors, held_out = world
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
-    sweep = sweep_layers(loaded, vectors[1:3], held_out, strengths=[0.5, 1.0])
+    sweep = sweep_layers(loaded, vectors[1:3], held_out, strengths=[0.5, 1.0], refine=False)
     assert [(p.site, p.strength) for p in sweep.points] == [(site, s) for site in SITES[1:3] for s in (0.5, 1.0)]
     assert sweep.chosen in sweep.points
     assert sweep.scored_by == "log-odds"
-    other = sweep_layers(loaded, vectors[1:3], held_out, strengths=[0.5, 1.0], batch_tokens=30)
+    other = sweep_layers(loaded, vectors[1:3], held_out, strengths=[0.5, 1.0], batch_tokens=30, refine=False)
     assert (other.site, other.strength) == (sweep.site, sweep.strength)
     for left, right in zip(other.points, sweep.points, strict=True):
         assert left.log_odds.mean == pytest.approx(right.log_odds.mean, abs=1e-5)
@@ -110,12 +110,25 @@ def test_a_judge_reads_what_the_steered_model_writes(world) -> None:
     vector = replace(world[1][-1], direction=unit, scale=30.0)
     judge, sane = WordJudge(("harm",)), WordJudge(("harm", "the", "a"), name="sane")
     settings = AnswerSettings(max_new_tokens=4, temperature=1.0, samples=2)
-    sweep = sweep_layers(loaded, [vector], held_out, strengths=[2.0], judge=judge, coherence=sane, settings=settings)
+    sweep = sweep_layers(
+        loaded, [vector], held_out, strengths=[2.0], judge=judge, coherence=sane, settings=settings, refine=False
+    )
     assert sweep.scored_by == "words"
     assert sweep.chosen.trait_score is not None and sweep.unsteered_trait is not None
     assert sweep.chosen.trait_score.mean > 90 > sweep.unsteered_trait.mean
     assert sweep.chosen.coherence is not None and sweep.chosen.coherence.mean > 90
     assert judge.n_judged == 2 * 4 * 2
+
+
+def test_strengths_beside_the_chosen_one_are_tried_at_its_site(world) -> None:
+    loaded, vectors, held_out = world
+    coarse = sweep_layers(loaded, vectors[:2], held_out, strengths=[1.0, 2.0, 4.0], refine=False)
+    fine = sweep_layers(loaded, vectors[:2], held_out, strengths=[1.0, 2.0, 4.0])
+    added = {(point.site, point.strength) for point in fine.points} - {(p.site, p.strength) for p in coarse.points}
+    half_way = {1.0: {0.75, 1.5}, 2.0: {1.5, 3.0}, 4.0: {3.0}}
+    assert added == {(coarse.site, strength) for strength in half_way[coarse.strength]}
+    assert [point.site for point in fine.points] == sorted(point.site for point in fine.points)
+    assert fine.chosen.log_odds.mean >= coarse.chosen.log_odds.mean
 
 
 def test_the_judge_is_asked_at_the_best_sites_alone(world) -> None:
