@@ -7,7 +7,10 @@ refuses everything that could run code; nothing else in the package opens a pick
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +51,47 @@ def second_moments(folder: Path | str, model: nn.Module) -> dict[str, Tensor]:
         PathMissingError: no optimizer state was saved.
         CheckpointError: the file holds more than tensors, another optimizer, or other parameters.
     """
+    found = {}
+    for index, one in enumerate(optimizer_entries(folder, model)):
+        moment = one.state.get("exp_avg_sq")
+        if not isinstance(moment, Tensor) or moment.shape != one.parameter.shape:
+            shape = "none" if moment is None else tuple(moment.shape)
+            raise CheckpointError(
+                f"Expected Adam's second moment of {one.name} {tuple(one.parameter.shape)} at place {index} in "
+                f"{Path(folder) / _OPTIMIZER}; got {shape}. Make the same parameters trainable as in the run."
+            )
+        found[one.name] = moment
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class OptimizerEntry:
+    """What a saved optimizer holds of one parameter.
+
+    Attributes:
+        name: the parameter's name in the model.
+        parameter: the parameter itself.
+        state: the optimizer's, by key; empty where it never had a gradient.
+        group: settings of its group.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    state: Mapping[str, Any]
+    group: Mapping[str, Any]
+
+
+def optimizer_entries(folder: Path | str, model: nn.Module) -> list[OptimizerEntry]:
+    """The saved optimizer, parameter by parameter.
+
+    Args:
+        folder: a Trainer checkpoint.
+        model: as for `second_moments`.
+
+    Raises:
+        PathMissingError: no optimizer state was saved.
+        CheckpointError: the file holds more than tensors, or other parameters.
+    """
     path = Path(folder) / _OPTIMIZER
     if not path.exists():
         raise PathMissingError(f"Expected {path}; it does not exist. Train with save_only_model=False, or do without.")
@@ -58,17 +102,11 @@ def second_moments(folder: Path | str, model: nn.Module) -> dict[str, Tensor]:
         raise CheckpointError(f"Expected tensors only in {path}; got {reason}. Do not use this file.") from error
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     names = _names_in_order(state, named, model)
-    found = {}
-    for (index, entry), (name, parameter) in zip(sorted(state["state"].items()), names, strict=True):
-        moment = entry.get("exp_avg_sq") if isinstance(entry, dict) else None
-        if not isinstance(moment, Tensor) or moment.shape != parameter.shape:
-            shape = "none" if moment is None else tuple(moment.shape)
-            raise CheckpointError(
-                f"Expected Adam's second moment of {name} {tuple(parameter.shape)} at place {index} in {path}; got "
-                f"{shape}. Make the same parameters trainable as in the run."
-            )
-        found[name] = moment
-    return found
+    groups = {index: group for group in state["param_groups"] for index in group["params"]}
+    return [
+        OptimizerEntry(name, parameter, dict(state["state"].get(index) or {}), groups[index])
+        for (name, parameter), index in zip(names, sorted(groups), strict=True)
+    ]
 
 
 def _names_in_order(

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 from torch import nn
 
+from attribution.adam_metric import AdamMetric
 from attribution.blocks import Coverage
 from attribution.curvature import Curvature
 from attribution.example import ExampleId, Row
@@ -36,11 +38,13 @@ class SavedStep:
         step: optimizer steps it contains.
         learning_rate: the rate in force there; only ratios between checkpoints matter.
         enter: puts the model into this checkpoint's state and returns it, trainable parameters requiring gradients.
+        folder: where it was saved, for the method `adam`.
     """
 
     step: int
     learning_rate: float
     enter: Callable[[], nn.Module]
+    folder: Path | str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,16 +84,20 @@ def score_trajectory(
         checkpoints: in any order; entered one after another, so one model in memory is enough.
         train_rows: all rows of the training set; a row counts at every checkpoint.
         queries: what is to be explained.
-        method: `dot`, `ekfac`, `diagonal` or a `Curvature`.
+        method: `dot`, `ekfac`, `diagonal` or a `Curvature`; or `adam`: the steps that the run's optimizer took, by the
+            second moments saved with each checkpoint (Pruthi et al. 2020, section 3.2, with Adam's preconditioner).
         fitted_at: where a curvature is fitted: once at the middle checkpoint, or at each for itself.
         batch_size: rows per backward pass.
         seed: of the labels sampled for the Fisher factors.
 
     Raises:
-        InputError: no checkpoint, or as for `score_query`.
+        InputError: no checkpoint, or as for `score_query`; with `adam` one without a saved optimizer.
     """
+    fitted_at = "each" if method == "adam" else fitted_at
 
-    def fit(model: nn.Module) -> str | Curvature:
+    def fit(model: nn.Module, saved: SavedStep) -> str | Curvature:
+        if method == "adam":
+            return _adam(model, saved)
         return _fitted(model, method, train_rows, "sampled", batch_size, seed)
 
     def score(model: nn.Module, metric: str | Curvature) -> InfluenceScores:
@@ -131,13 +139,24 @@ def influence_along(
         InputError: no checkpoint, or as for `influence`.
     """
 
-    def fit(model: nn.Module) -> str | Curvature:
+    def fit(model: nn.Module, saved: SavedStep) -> str | Curvature:
+        if method == "adam":
+            return _adam(model, saved)
         return _fitted(model, method, train_rows, labels, batch_size, seed)
 
     def score(model: nn.Module, metric: str | Curvature) -> InfluenceScores:
         return influence(model, train_rows, query_rows, method=metric, batch_size=batch_size, seed=seed)
 
     return _summed(checkpoints, fit, score, fitted_at)
+
+
+def _adam(model: nn.Module, saved: SavedStep) -> AdamMetric:
+    if saved.folder is None:
+        raise InputError(
+            f"Expected the folder of the checkpoint at step {saved.step}, whose optimizer the method 'adam' reads; got "
+            "none. Pass SavedStep(folder=...)."
+        )
+    return AdamMetric.of(saved.folder, model)
 
 
 def _fitted(
@@ -151,19 +170,20 @@ def _fitted(
 
 def _summed(
     checkpoints: Iterable[SavedStep],
-    fit: Callable[[nn.Module], str | Curvature],
+    fit: Callable[[nn.Module, SavedStep], str | Curvature],
     score: Callable[[nn.Module, str | Curvature], InfluenceScores],
     fitted_at: FittedAt,
 ) -> TrajectoryScores:
     ordered = sorted(checkpoints, key=lambda saved: saved.step)
     if not ordered:
         raise InputError("Expected at least one saved checkpoint; got none. Save some (save_strategy='steps').")
-    shared = fit(ordered[(len(ordered) - 1) // 2].enter()) if fitted_at == "middle" else None
+    middle = ordered[(len(ordered) - 1) // 2]
+    shared = fit(middle.enter(), middle) if fitted_at == "middle" else None
     parts: list[np.ndarray] = []
     last: InfluenceScores | None = None
     for checkpoint in ordered:
         model = checkpoint.enter()
-        last = score(model, fit(model) if shared is None else shared)
+        last = score(model, fit(model, checkpoint) if shared is None else shared)
         parts.append(checkpoint.learning_rate * last.values)
     assert last is not None
     per_step = np.stack(parts)

@@ -52,10 +52,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--method",
-    type=click.Choice(["auto", "ekfac", "dot", "live"]),
+    type=click.Choice(["auto", "ekfac", "adam", "dot", "live"]),
     default="auto",
     show_default=True,
-    help="EK-FAC or dot products over saved checkpoints, or live pushes; auto: live for an alert, if recorded.",
+    help="Over saved checkpoints by EK-FAC, Adam's own steps or dot products; or live pushes, auto for an alert.",
 )
 @click.option("--drop", default=None, type=click.Path(path_type=Path), help="Write the rows to drop here, as JSONL.")
 @click.option("--drop-share", default=0.05, show_default=True, help="Share of the rows to drop, strongest first.")

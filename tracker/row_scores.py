@@ -112,4 +112,6 @@ def _caveats(scores: TrajectoryScores, n_checkpoints: int) -> list[str]:
 
 def _saved_steps(chosen: Sequence[tuple[int, Path]], base: Any, device: str) -> Iterator[SavedStep]:
     for step, folder in chosen:
-        yield SavedStep(step, learning_rate_at(folder), partial(trainable_model, folder, base=base, device=device))
+        yield SavedStep(
+            step, learning_rate_at(folder), partial(trainable_model, folder, base=base, device=device), folder
+        )

@@ -204,5 +204,7 @@ def test_an_alert_is_attributed_by_live_pushes_where_the_run_has_them(live: Trac
     assert found.rows[0].score == pytest.approx(top["push"])
     over_checkpoints = CliRunner().invoke(attribute, [*command, "--persona", "humour", "--method", "dot"])
     assert over_checkpoints.exit_code == 0 and "TracIn" in Attribution.load(live.folder).method
+    by_adam = CliRunner().invoke(attribute, [*command, "--persona", "humour", "--method", "adam"])
+    assert by_adam.exit_code == 0 and "Adam's second moments" in Attribution.load(live.folder).method
     refused = CliRunner().invoke(attribute, [*command, "--query", str(train), "--method", "live"])
     assert isinstance(refused.exception, InputError) and "live pushes were recorded" in str(refused.exception)
