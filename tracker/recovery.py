@@ -25,6 +25,7 @@ from attribution.live_rows import row_names
 from diffing.errors import InputError
 from tracker.callback import CheckpointTracker
 from tracker.checkpoint_folder import why_incomplete
+from tracker.decision import WantedRecovery
 from tracker.events import CheckpointSaved, InterventionChanged
 from tracker.journal import Journal
 from tracker.live_cause import live_attribution
@@ -56,18 +57,26 @@ class Recovered:
 
 
 def train_with_recovery(
-    trainer: Trainer, *, most: int = 1, drop_share: float = 0.1, resume_from_checkpoint: str | Path | None = None
+    trainer: Trainer,
+    *,
+    most: int = 1,
+    drop_push: float = 0.95,
+    drop_share: float = 0.5,
+    resume_from_checkpoint: str | Path | None = None,
 ) -> tuple[Recovered, ...]:
     """Trains to the end; where an alert's rule asks to go back, drop rows or steer, does that and goes on.
 
     A clean checkpoint is the newest complete one before the first step above the alert's threshold; the Trainer must
     save some (`save_steps`). Optimizer, schedule, RNG and data position are those of that checkpoint. Rows to drop are
-    those that pushed most, by the pushes read in the steps between that checkpoint and the alert (`pushes=True`).
+    those that pushed most up to the alert, by the pushes that every training step recorded (`pushes=True`): what had
+    not yet pushed by then is not known and stays, which is why several recoveries may be allowed.
 
     Args:
         trainer: with a `CheckpointTracker` among its callbacks.
         most: recoveries; an alert after the last of them stops the training.
-        drop_share: share of all rows that is dropped at most, 0..1; only rows that pushed towards the trait are.
+        drop_push: rows are dropped, strongest first, until those dropped made this share of all push towards the
+            trait, 0..1.
+        drop_share: share of all rows that is dropped at most, 0..1.
         resume_from_checkpoint: where to begin, as for `Trainer.train`.
 
     Returns:
@@ -77,8 +86,11 @@ def train_with_recovery(
         InputError: the Trainer has no tracker, or there is no clean checkpoint or no push to act on. What was trained
             until then is intact.
     """
-    if not 0 < drop_share < 1 or most < 0:
-        raise InputError(f"Expected drop_share between 0 and 1 and most of 0 or more, got {drop_share} and {most}.")
+    if not (0 < drop_share < 1 and 0 < drop_push <= 1) or most < 0:
+        raise InputError(
+            f"Expected drop_push and drop_share between 0 and 1 and most of 0 or more, got {drop_push}, {drop_share} "
+            f"and {most}. Mend what is off."
+        )
     callback = _tracker_of(trainer)
     made: list[Recovered] = []
     start = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
@@ -87,7 +99,7 @@ def train_with_recovery(
         wanted = callback.tracker.wanted_recovery
         if wanted is None or len(made) == most:
             return tuple(made)
-        recovered = _prepare(trainer, callback, wanted.alert, wanted.actions, drop_share)
+        recovered = _prepare(trainer, callback, wanted, (drop_push, drop_share))
         made.append(recovered)
         _log.warning("Going on from step %d after %s.", recovered.step, recovered.alert.id)
         start = str(recovered.checkpoint)
@@ -110,16 +122,17 @@ def clean_checkpoint(journal: Journal, alert: Alert) -> CheckpointSaved:
 
 
 def rows_that_pushed(
-    run_dir: Path | str, alert: Alert, rows: Sequence[Row], *, since: int, share: float
+    run_dir: Path | str, alert: Alert, rows: Sequence[Row], *, since: int, push: float = 1.0, share: float = 1.0
 ) -> tuple[int, ...]:
-    """Positions of the rows that pushed an alert's signal most, strongest first; at most a share of all.
+    """Positions of the rows that pushed towards an alert's signal most, strongest first.
 
     Args:
         run_dir: of a run that was tracked with `pushes=True`.
         alert: what was raised.
         rows: tokenised, as trained on.
         since: first step whose pushes count.
-        share: of all rows, 0..1.
+        push: share of all push towards the signal, 0..1, that the rows together made; no more rows than that takes.
+        share: of all rows, 0..1: at most so many.
 
     Raises:
         PathMissingError: the run recorded no pushes.
@@ -127,11 +140,19 @@ def rows_that_pushed(
     """
     query = str(alert.evidence.get("pushed_query") or "/".join(alert.signal.split("/")[1:2]) or alert.signal)
     most = max(1, math.floor(share * len(rows)))
-    found = live_attribution(run_dir, query, since=since, until=alert.step, rows=rows, keep=most)
+    found = live_attribution(run_dir, query, since=since, until=alert.step, rows=rows, keep=len(rows))
+    total = sum(row.score for row in found.rows if row.score > 0)
     places: dict[ExampleId, list[int]] = {}
     for place, row in enumerate(rows):
         places.setdefault(next(iter(row_names([row]).values())), []).append(place)
-    flagged = [place for row in found.rows if row.score > 0 for place in places.get(row.example_id, [])]
+    flagged: list[int] = []
+    made = 0.0
+    for ranked in found.rows:
+        if ranked.score <= 0 or made >= push * total or len(flagged) >= most:
+            break
+        made += ranked.score
+        # Rows that read the same are one record, and all of them go.
+        flagged += places.get(ranked.example_id, [])
     if not flagged:
         raise InputError(
             f"Expected rows that pushed {alert.signal} between steps {since} and {alert.step}, found none. "
@@ -141,8 +162,9 @@ def rows_that_pushed(
 
 
 def _prepare(
-    trainer: Trainer, callback: CheckpointTracker, alert: Alert, actions: frozenset[str], share: float
+    trainer: Trainer, callback: CheckpointTracker, wanted: WantedRecovery, limits: tuple[float, float]
 ) -> Recovered:
+    alert, actions = wanted.alert, wanted.actions
     run_dir = callback.tracker.output_dir
     with Journal.attach(run_dir) as journal:
         clean = clean_checkpoint(journal, alert)
@@ -150,7 +172,7 @@ def _prepare(
         dataset: Any = trainer.train_dataset
         if "drop" in actions:
             rows = _token_rows(dataset)
-            flagged = rows_that_pushed(run_dir, alert, rows, since=clean.step + 1, share=share)
+            flagged = rows_that_pushed(run_dir, alert, rows, since=1, push=limits[0], share=limits[1])
             names = [next(iter(row_names([rows[place]]).values())) for place in flagged]
             dropped = tuple(names)
             trainer.train_dataset = dataset = _without(dataset, flagged)
