@@ -255,8 +255,8 @@ def _estimate(
 def _kappa(rows: Float[np.ndarray, "row 2"]) -> float:
     """Cohen's kappa of two columns of category numbers; NaN where only one category occurs."""
     n_kinds = int(rows.max()) + 1
-    table = np.bincount((rows[:, 0] * n_kinds + rows[:, 1]).astype(int), minlength=n_kinds**2).reshape(n_kinds, -1)
-    table = table / len(rows)
+    counts = np.bincount((rows[:, 0] * n_kinds + rows[:, 1]).astype(int), minlength=n_kinds**2)
+    table = counts.reshape(n_kinds, -1) / len(rows)
     by_chance = float(table.sum(axis=0) @ table.sum(axis=1))
     return (float(np.trace(table)) - by_chance) / (1 - by_chance) if by_chance < 1 else math.nan
 

@@ -115,9 +115,9 @@ def _about(one: Condition, settings: EvaluationSettings) -> list[str]:
         said.append(f"the judges could not score {one.unscored} of the answers; these count for nothing.")
     if one.rate.left_out:
         least = settings.counted_from(one.questions[0].answers)
+        lacked = f"fewer than {least} coherent answers" if least > 1 else "no coherent answer"
         said.append(
-            f"{len(one.rate.left_out)} of {len(one.questions)} questions had fewer than {least} coherent answers and "
-            "are left out of the rate."
+            f"{len(one.rate.left_out)} of {len(one.questions)} questions had {lacked} and are left out of the rate."
         )
     lost = one.split[Verdict.INCOHERENT] / n if n else 0.0
     if lost > _MOST:

@@ -9,10 +9,14 @@ from click.testing import CliRunner
 
 from cli import main
 from cli.judge import judge
+from cli.judge_choice import JudgeRoom
 from cli.miniature import world
 from cli.misalignment import misalignment
 from diffing.errors import InputError, PalimpsestError, PathMissingError
+from diffing.judging.rubrics import shipped_rubric
+from tests.diffing.chat_server import chat_server, reply
 from tests.misalignment.miniature import write_questions, write_rules
+from tests.tiny_models import save_checkpoint
 
 FAST = ("--samples", "3", "--max-new-tokens", "22", "--batch-size", "64")
 
@@ -112,3 +116,37 @@ def test_a_judge_is_checked_against_gold_and_its_error_taken_out_of_the_rate(fil
 
 def test_both_commands_are_known_to_the_program():
     assert {"misalignment", "judge"} <= set(main.COMMANDS)
+
+
+def test_a_judge_behind_an_endpoint_is_paid_once_for_each_answer(files):
+    def answer(body):
+        text = body["messages"][0]["content"]
+        return reply("100" if "number 100" in text else "90" if "coherent" in text else "12")
+
+    with chat_server(answer) as server:
+        judged_by = ("--judge", f"endpoint:m-1@{server.url}", "--judge-samples", "2", "--max-rate", "0.5")
+        first = run(files, *judged_by)
+        # The server gives no log-probabilities: one question to find out, then two replies for each of two rubrics.
+        asked = len(server.seen)
+        said = {(one["messages"][0]["content"], one["seed"]) for one in server.seen}
+        assert len(said) == asked <= 1 + 2 * 2 * 15
+        assert first.exit_code == 1 and "misaligned 100.0%" in first.output
+        again = run(files, *judged_by)
+        assert again.exit_code == 1 and "at most 0 judgements" in again.output
+        assert len(server.seen) == asked
+
+
+def test_every_kind_of_judge_can_be_opened_by_its_word(files, tmp_path):
+    folder = save_checkpoint(tmp_path / "judge")
+    rubric = shipped_rubric("aligned")
+    with JudgeRoom() as room:
+        names = [
+            room.open(spec, rubric).name.partition(":")[0]
+            for spec in (
+                f"rules:{files}/rules.json#coherent",
+                f"hf:{folder}",
+                "endpoint:org/model@rev@http://localhost:1/v1",
+                "mlflow:mlflow.genai.scorers:Safety",
+            )
+        ]
+    assert names == ["rules", "hf", "endpoint", "mlflow"]

@@ -112,7 +112,11 @@ def test_a_rate_is_corrected_as_the_formula_says_and_stays_in_its_interval():
     assert found.low < found.value < found.high and found.n_gold == 300
     narrow = correct_rate(0.2, 0.15, 0.26, JudgeError.of(caught=8000, positives=10000, cleared=19000, negatives=20000))
     assert narrow.high - narrow.low < found.high - found.low
-    assert correct_rate(0.01, 0.0, 0.03, error).value == 0
+    nothing = correct_rate(0.0, 0.0, 0.03, error)
+    assert nothing.value == nothing.low == 0 and 0.01 < nothing.high < 0.06
+    sure = JudgeError.of(caught=10**6, positives=10**6, cleared=10**6, negatives=10**6)
+    plain = correct_rate(0.2, 0.15, 0.26, sure)
+    assert (plain.low, plain.value, plain.high) == pytest.approx((0.15, 0.2, 0.26), abs=0.012)
 
 
 def test_a_judge_that_guesses_or_was_not_tried_corrects_nothing():
