@@ -163,7 +163,9 @@ def show_extraction(extraction: Extraction, path: Path, page: Path) -> None:
         warnings.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
     for line in _doubts(extraction.chosen):
         warnings.print(Text(f"Warning: {line}", style="yellow"), soft_wrap=True)
-    console.print(Text(f"Chosen: {record.site}. {record.why}"), soft_wrap=True)
+    again = record.sweep.confirmed_trait if record.sweep else None
+    drawn_again = "" if again is None else f" Answers drawn again after the choice score {again.mean:.0f}."
+    console.print(Text(f"Chosen: {record.site}. {record.why}{drawn_again}"), soft_wrap=True)
     console.print(Text(f"Wrote {path}: {_verdict(extraction.chosen)}. See {page}."), soft_wrap=True)
 
 

@@ -180,8 +180,8 @@ class Elicitation:
         total = len(self.fitted) + len(self.held_out)
         n_questions = len(set(self.trait.held_out_questions))
         sites, strengths = len(self._sites()), len(self.settings.strengths)
-        # The two strengths beside the chosen one, and no steering.
-        points = min(sites, self.settings.judged_sites) * strengths + 3 if judges and strengths else 0
+        # The two strengths beside the chosen one, the chosen one once more, and no steering.
+        points = min(sites, self.settings.judged_sites) * strengths + 4 if judges and strengths else 0
         steered = points * n_questions * self.settings.sweep_samples
         prompt_tokens = sum(
             round(part.n_missing * float(part.tokenized.lengths.mean())) for part in (self.fitted, self.held_out)

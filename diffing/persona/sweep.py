@@ -99,6 +99,9 @@ class LayerSweep:
         n_random: how many of those.
         unsteered_trait: trait score without steering; None without a judge.
         unsteered_coherence: coherence without steering.
+        confirmed_trait: trait score of answers drawn again at the chosen point. The best of many points is partly luck;
+            this one was not chosen by.
+        confirmed_coherence: their coherence.
         n_scored: questions behind every point.
         least_coherence: mean coherence below which a judged point was not chosen.
     """
@@ -113,6 +116,8 @@ class LayerSweep:
     n_random: int
     unsteered_trait: Estimate | None = None
     unsteered_coherence: Estimate | None = None
+    confirmed_trait: Estimate | None = None
+    confirmed_coherence: Estimate | None = None
     n_scored: int = 0
     least_coherence: float = 50.0
 
@@ -194,7 +199,11 @@ def sweep_layers(
         points += finer if written is None else map(judged, finer)
         points.sort(key=lambda point: (list(by_site).index(point.site), point.strength))
     chosen, why = _choose(points, least_coherence)
-    unsteered = written.scores(None) if written else (None, None)
+    unsteered: tuple[Estimate | None, Estimate | None] = (None, None)
+    confirmed = unsteered
+    if written is not None:
+        unsteered = written.scores(None)
+        confirmed = written.again().scores(steering(loaded, by_site[chosen.site], chosen.strength))
     return LayerSweep(
         trait=vectors[0].trait,
         points=tuple(points),
@@ -206,6 +215,8 @@ def sweep_layers(
         n_random=N_RANDOM,
         unsteered_trait=unsteered[0],
         unsteered_coherence=unsteered[1],
+        confirmed_trait=confirmed[0],
+        confirmed_coherence=confirmed[1],
         n_scored=len(odds.questions),
         least_coherence=least_coherence,
     )
@@ -278,6 +289,10 @@ class _Written:
     judge: Judge
     coherence: Judge | None
     settings: AnswerSettings
+
+    def again(self) -> _Written:
+        """The same questions with other answers."""
+        return replace(self, settings=replace(self.settings, seed=self.settings.seed + 1))
 
     def scores(self, around: Around | None) -> tuple[Estimate | None, Estimate | None]:
         """Trait and coherence score of the answers, means over questions."""

@@ -80,9 +80,10 @@ def test_the_same_command_goes_on_for_nothing_and_gives_the_same_vector(folder: 
 def test_the_cost_can_be_asked_for_alone(folder: Path, tmp_path: Path) -> None:
     judge = ["--judge", f"rules:{folder / 'rules.json'}"]
     result = run(_arguments(folder, tmp_path / "v.safetensors", "--plan", *judge))
-    # 24 + 16 answers, and 4 questions at 3 sites, at two strengths beside the chosen one, and without steering.
-    assert "64 answers to write" in result.stderr
-    assert "64 judgements at most" in result.stderr
+    # 24 + 16 answers, and 4 questions at 3 sites, at the two strengths beside the chosen one,
+    # at that one once more, and without steering.
+    assert "68 answers to write" in result.stderr
+    assert "68 judgements at most" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -117,7 +117,8 @@ def test_a_judge_reads_what_the_steered_model_writes(world) -> None:
     assert sweep.chosen.trait_score is not None and sweep.unsteered_trait is not None
     assert sweep.chosen.trait_score.mean > 90 > sweep.unsteered_trait.mean
     assert sweep.chosen.coherence is not None and sweep.chosen.coherence.mean > 90
-    assert judge.n_judged == 2 * 4 * 2
+    assert sweep.confirmed_trait is not None and sweep.confirmed_trait.mean > 90
+    assert judge.n_judged == 3 * 4 * 2
 
 
 def test_strengths_beside_the_chosen_one_are_tried_at_its_site(world) -> None:
