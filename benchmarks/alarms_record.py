@@ -259,17 +259,17 @@ def _series(signals: Sequence[DriftSignal]) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    """Records until everything is there or the time is up."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so long")
-    parser.add_argument("--bases", type=int, nargs="*", default=list(BASES))
-    parser.add_argument("--kinds", nargs="*", help="only these kinds of rows")
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    deadline = time.monotonic() + asked.seconds
-    for run in planned_runs(asked.bases):
-        if run.path.exists() or (asked.kinds and run.kind not in asked.kinds):
+def record_missing(bases: Sequence[int] = BASES, *, kinds: Sequence[str] = (), seconds: float = float("inf")) -> None:
+    """Records what is not there yet, until it is there or the time is up.
+
+    Args:
+        bases: seeds of the bases; one that is not built yet is built.
+        kinds: only these kinds of rows; empty for all.
+        seconds: begin no run after so long, by the clock.
+    """
+    deadline = time.monotonic() + seconds
+    for run in planned_runs(bases):
+        if run.path.exists() or (kinds and run.kind not in kinds):
             continue
         if time.monotonic() > deadline:
             break
@@ -277,6 +277,17 @@ def main() -> None:
         write_atomic(run.path, json.dumps(found) + "\n")
         spent = {name: round(value, 1) for name, value in found["seconds"].items()}
         print(run, f"{found['last_rate']['value']:.3f}", spent, flush=True)
+
+
+def main() -> None:
+    """Records as the command line asks."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so long")
+    parser.add_argument("--bases", type=int, nargs="*", default=list(BASES))
+    parser.add_argument("--kinds", nargs="*", default=[], help="only these kinds of rows")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    record_missing(asked.bases, kinds=asked.kinds, seconds=asked.seconds)
 
 
 if __name__ == "__main__":
