@@ -16,8 +16,10 @@ from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from attribution.live_gauge import Gauge
+from attribution.live_narrow import NARROW, NarrowQueries, rows_of
 from attribution.live_pass import Passed, UnreadableError, by_row, contract, ids_by_row, looked_up, wide
 from attribution.query_factors import QueryFactors
 from attribution.query_gradient import WatchedQueries, WatchedWeight
@@ -61,6 +63,7 @@ class LiveReader:
         self._current: Passed | None = None
         self._passes: list[Passed] = []
         self._casts: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._narrow = NarrowQueries()
         self._gauge: Gauge | None = None
         self._gauged: nn.Module | None = None
         self.problem = ""
@@ -71,6 +74,7 @@ class LiveReader:
         while self._watching:
             self._watching.pop().remove()
         self._casts.clear()
+        self._narrow.clear()
         self._gauge = None
         if watched is None:
             return
@@ -100,10 +104,16 @@ class LiveReader:
             scaled by (clipping, a loss scale taken out), and the cosine between what was read and what the optimizer
             is given, which is 1 unless passes were missed or counted twice. None where it could not be seen.
         """
+        for one in self._passes:
+            self._multiply(one)
         passes = [one for one in self._passes if one.products()]
         gauged = None if self._gauge is None else self._gauge.compare()
         self.shut()
         return passes, gauged
+
+    @_harmless
+    def _multiply(self, passed: Passed) -> None:
+        self._narrow.multiply(passed)
 
     def fail(self, error: Exception) -> None:
         """Notes what went wrong in a hook and reads no more of this pass."""
@@ -231,31 +241,50 @@ class _ModuleHook:
 
     def __init__(self, reader: LiveReader, module: nn.Module, weights: tuple[WatchedWeight, ...]) -> None:
         self.reader, self.module, self.weights = reader, module, weights
-        factors = weights[0].factors
-        # One narrow matrix of one query, which is what an adapter is made of: the short way, for there are many.
-        self._short = len(weights) == 1 and factors is not None and factors.core is None and factors.features is None
-        width = getattr(module, "weight").shape  # noqa: B009
-        self._short &= min(width) <= _NARROW or (factors is not None and factors.left is not None)
+        factors, shape = weights[0].factors, getattr(module, "weight").shape  # noqa: B009
+        alone = len(weights) == 1 and factors is not None and factors.features is None
+        # What an adapter is made of goes the short way, for there are many: one product, in the backward pass.
+        self._narrow = alone and weights[0].kind == "linear" and min(shape) <= NARROW
+        if self._narrow:
+            reader._narrow.add(weights[0], *(reversed(shape) if isinstance(module, Conv1D) else shape))
+        # Of one query's matrix the few coordinates wait that it leads to.
+        self._short = alone and factors is not None and factors.core is None and factors.left is not None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         reader = self.reader
         passed = reader._current
         if passed is None or not args:
             return
-        if not self._short or reader._gauged is module or args[0].ndim != 3 or args[0].dtype == torch.float16:
+        narrow = self._narrow and not passed.by_token
+        plain = args[0].ndim == 3
+        short = self._short and reader._gauged is not module and args[0].dtype != torch.float16
+        if not plain or not (narrow or short):
             reader.read_module(self, args[0], output)
             return
         try:
             if output.requires_grad and not (passed.backward and id(self) in passed.seen):
                 passed.seen.add(id(self))
-                self._read(passed, args[0].detach(), output)
+                if args[0].shape[0] != passed.shape[0]:
+                    reader.unread.add(self.weights[0].name)
+                elif narrow:
+                    gauge = reader._gauge if reader._gauged is module else None
+                    output.register_hook(functools.partial(self._write_out, passed, args[0].detach(), gauge))
+                else:
+                    self._read(passed, args[0].detach(), output)
         except Exception as error:  # noqa: BLE001  training must not notice
             reader.fail(error)
 
+    def _write_out(self, passed: Passed, given: Tensor, gauge: Gauge | None, gradient: Tensor) -> None:
+        try:
+            passed.backward = True
+            rows = rows_of(gradient.detach(), given)
+            passed.narrow.append((self.weights[0], rows))
+            if gauge is not None:
+                gauge.add_rows(rows if gradient.shape[-1] <= given.shape[-1] else rows.transpose(1, 2))
+        except Exception as error:  # noqa: BLE001  training must not notice
+            self.reader.fail(error)
+
     def _read(self, passed: Passed, given: Tensor, output: Tensor) -> None:
-        if given.shape[0] != passed.shape[0]:
-            self.reader.unread.add(self.weights[0].name)
-            return
         factors = self.weights[0].factors
         assert factors is not None
         part = given.flatten(0, 1).T

@@ -35,6 +35,11 @@ class Gauge:
         part = gradient.flatten(0, -2)[:, :_GAUGED].to(exact).T @ given.flatten(0, -2).to(exact)
         self.total = part if self.total is None else self.total.add_(part)
 
+    def add_rows(self, gradients: Tensor) -> None:
+        """The same, of rows' gradients `[row, d_out, d_in]` that are there already."""
+        part = gradients[:, :_GAUGED].sum(dim=0)
+        self.total = part if self.total is None else self.total.add_(part)
+
     def compare(self) -> Tensor | None:
         """`[2]`: by what factor the optimizer's gradient is larger, and the cosine between both; None: not seen."""
         given = self.module.weight.grad

@@ -21,6 +21,7 @@ class Passed:
         shape: rows and tokens.
         by_token: rows hold several examples each, so that products are kept token by token.
         sides: what is yet to be multiplied: (parameter group, left `[k, row * token]`, right likewise).
+        narrow: rows' gradients of small weights, written out `[row, short, long]`.
         sums: parameter group -> sum over modules of <g, Q a> so far, `[row, query]`, or `[row, token, query]`.
         backward: whether its backward has begun.
         seen: modules that were read in it.
@@ -30,6 +31,7 @@ class Passed:
     shape: tuple[int, int]
     by_token: bool
     sides: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    narrow: list[tuple[WatchedWeight, Tensor]] = field(default_factory=list)
     sums: dict[int, Tensor] = field(default_factory=dict)
     backward: bool = False
     seen: set[int] = field(default_factory=set)

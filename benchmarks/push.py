@@ -160,6 +160,7 @@ def _memory(training: Training, reader: Any) -> tuple[int, int]:
     def counted() -> Any:
         nonlocal held
         sides = [side for passed in reader._passes for _, left, right in passed.sides for side in (left, right)]
+        sides += [rows for passed in reader._passes for _, rows in passed.narrow]
         held = sum(side.numel() * side.element_size() for side in sides)
         return take()
 
