@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffing.checkpoint import LoadedCheckpoint
     from diffing.judging import Judge
     from diffing.persona import PersonaVector
-    from diffing.persona.elicited import ElicitSettings
+    from diffing.persona.elicit_plan import ElicitSettings
     from diffing.persona.traits import Trait
     from diffing.prompts import PromptSet
 
@@ -145,7 +145,7 @@ def _extract_asked(options: dict[str, Any]) -> None:
 
 
 def _settings(options: dict[str, Any]) -> ElicitSettings:
-    from diffing.persona.elicited import ElicitSettings
+    from diffing.persona.elicit_plan import ElicitSettings
     from diffing.persona.sweep import STRENGTHS
 
     return ElicitSettings(

@@ -16,7 +16,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from diffing.persona import PersonaVector, Projection, Trait
     from diffing.persona.extraction import Extraction, VectorRow
-    from diffing.persona.sweep import LayerSweep
+    from diffing.persona.sweep_result import LayerSweep
     from diffing.prompts import PromptSet
 
 

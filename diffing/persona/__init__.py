@@ -5,7 +5,8 @@ Reading order: a `Trait` says how a model is asked, an `Elicitation` asks it and
 compares two checkpoints on the same texts.
 """
 
-from diffing.persona.elicited import Elicitation, ElicitSettings
+from diffing.persona.elicit_plan import ElicitSettings
+from diffing.persona.elicited import Elicitation
 from diffing.persona.extract import extract_persona, extract_personas
 from diffing.persona.extraction import Extraction
 from diffing.persona.project import PairedShift, Projection, paired_shift, project

@@ -13,7 +13,7 @@ from diffing.errors import PathMissingError, PersonaError
 from diffing.json_twin import from_plain, to_plain
 from diffing.persona.keep import Kept
 from diffing.persona.separation import Separation
-from diffing.persona.sweep import LayerSweep
+from diffing.persona.sweep_result import LayerSweep
 from diffing.persona.vector import Null, PersonaVector
 
 RECORD_NAME = "extraction.json"

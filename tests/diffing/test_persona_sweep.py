@@ -12,7 +12,8 @@ from diffing.answers import AnswerSettings
 from diffing.errors import PersonaError
 from diffing.persona import PersonaVector
 from diffing.persona.elicited_fit import KeptRollouts, fit_rollouts
-from diffing.persona.sweep import Estimate, SweepPoint, _choose, sweep_layers
+from diffing.persona.sweep import sweep_layers
+from diffing.persona.sweep_result import Estimate, SweepPoint, choose_point
 from tests.diffing.persona_rollouts import QUESTIONS, WordJudge, kept_all, loaded_base, written_rollouts
 from tests.tiny_models import N_LAYERS
 
@@ -155,10 +156,10 @@ def _point(
 
 def test_points_that_break_the_trait_answers_are_not_chosen() -> None:
     points = [_point("a", 1, 0.5, 0.2), _point("a", 4, 3.0, -0.5), _point("b", 1, 0.7, 0.1)]
-    assert _choose(points, 50)[0].site == "b"
-    assert "became likelier" in _choose(points, 50)[1]
+    assert choose_point(points, 50)[0].site == "b"
+    assert "became likelier" in choose_point(points, 50)[1]
     harmful = [_point("a", 1, 2.0, -0.2), _point("b", 1, 1.0, -0.1)]
-    chosen, why = _choose(harmful, 50)
+    chosen, why = choose_point(harmful, 50)
     assert chosen.site == "b"
     assert "Do not steer" in why
 
@@ -171,8 +172,8 @@ def test_the_judge_overrules_log_odds_unless_answers_fall_apart() -> None:
         _point("c", 1, 0.1, 0.1, score=90, sane=30),
         _point("d", 1, 10.0, 0.1),
     ]
-    assert _choose(points, 50)[0] == points[1]
-    assert _choose([points[3]], 50)[1].startswith("No judged point kept")
+    assert choose_point(points, 50)[0] == points[1]
+    assert choose_point([points[3]], 50)[1].startswith("No judged point kept")
 
 
 def test_nothing_to_sweep_is_refused(world) -> None:

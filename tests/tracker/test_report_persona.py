@@ -11,7 +11,7 @@ from diffing.errors import PathMissingError, PersonaError
 from diffing.persona.extraction import RECORD_NAME, ExtractionRecord, PairExample, VectorRow
 from diffing.persona.keep import Kept
 from diffing.persona.separation import Separation
-from diffing.persona.sweep import Estimate, LayerSweep, SweepPoint
+from diffing.persona.sweep_result import Estimate, LayerSweep, SweepPoint
 from diffing.persona.vector import Null
 from tracker.report.persona_page import PAGE_NAME, persona_headline, render_persona_page, write_persona_report
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from diffing.durable import write_atomic
 from diffing.persona.extraction import ExtractionRecord, VectorRow
 from diffing.persona.keep import Kept
-from diffing.persona.sweep import Estimate, LayerSweep, SweepPoint
+from diffing.persona.sweep_result import Estimate, LayerSweep, SweepPoint
 from tracker.report.page import render_page
 from tracker.report.persona_charts import LayerLine, layer_chart
 from tracker.report.text import number, signed
