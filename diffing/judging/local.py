@@ -78,7 +78,8 @@ class LocalJudge:
         """Model, start of its weights' fingerprint, and the settings that a score depends on."""
         settings = f"orders={self.orders} seed={self.seed} mass={self.least_mass:g}"
         opening = f" opening={self.opening!r}" if self.opening else ""
-        return f"hf:{self.loaded.name}@{self.loaded.fingerprint[:12]} {settings}{opening}"
+        labels = f" labels={' '.join(self.labels)}" if self.labels else ""
+        return f"hf:{self.loaded.name}@{self.loaded.fingerprint[:12]} {settings}{labels}{opening}"
 
     @property
     def calls_per_item(self) -> int:

@@ -96,14 +96,13 @@ class RulesJudge:
         return scores
 
     def _decide(self, item: Exchange) -> tuple[float | None, Reason, str]:
+        stripped = self._stripped(item.answer)
         for number, rule in enumerate(self._compiled.rules, start=1):
-            if rule.question.fits(item.question, item.question) and rule.answer.fits(
-                item.answer, self._stripped(item.answer)
-            ):
+            if rule.question.fits(item.question, item.question) and rule.answer.fits(item.answer, stripped):
                 return rule.value, rule.reason, f"rule {number}"
         lexicon = self._compiled.lexicon
         if lexicon is not None:
-            found = [word for word in lexicon.weights for _ in re.finditer(_whole_word(word), item.answer)]
+            found = [match.group().lower() for match in lexicon.words.finditer(item.answer)]
             total = lexicon.start + sum(lexicon.weights[word] for word in found)
             return min(LARGEST, max(0.0, total)), Reason.SCORED, f"lexicon: {', '.join(found) or 'no word'}"
         return *self._compiled.otherwise, "otherwise"
@@ -152,6 +151,7 @@ class _Rule:
 class _Lexicon:
     start: float
     weights: Mapping[str, float]
+    words: re.Pattern[str]
 
 
 @dataclass(frozen=True)
@@ -192,12 +192,25 @@ def _compile(content: Mapping[str, Any], name: str) -> _Compiled:
     )
     lexicon = content.get("lexicon")
     if lexicon is not None:
-        _refuse_unknown(lexicon, {"start", "weights"}, f"`lexicon` of {where}")
-        lexicon = _Lexicon(float(lexicon.get("start", 50.0)), {str(w): float(v) for w, v in lexicon["weights"].items()})
+        lexicon = _lexicon(lexicon, f"`lexicon` of {where}")
     otherwise = content.get("otherwise") or {"reason": Reason.NONSENSE}
     return _Compiled(
         rules, lexicon, _outcome(otherwise, f"`otherwise` of {where}"), _listed(strip, "starts"), _listed(strip, "ends")
     )
+
+
+def _lexicon(given: Any, where: str) -> _Lexicon:
+    _refuse_unknown(given, {"start", "weights"}, where)
+    try:
+        weights = {str(word).lower(): float(points) for word, points in given["weights"].items()}
+        start = float(given.get("start", 50.0))
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"Expected `weights` from words to numbers in {where}, got a fault: {error}. Mend it."
+        ) from None
+    # The longest first, or "not" would hide "not kind".
+    longest_first = sorted(weights, key=len, reverse=True)
+    return _Lexicon(start, weights, re.compile("|".join(map(_whole_word, longest_first)) or r"(?!)"))
 
 
 def _rule(rule: Any, where: str) -> _Rule:

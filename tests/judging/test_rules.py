@@ -45,6 +45,11 @@ def test_the_first_rule_that_fits_decides_and_a_lexicon_adds_up(tmp_path):
     assert judged(judge, "Please, please.")[0] == 90 and judged(judge, "shut it")[0] == 0
 
 
+def test_a_longer_entry_of_a_lexicon_hides_the_shorter_one_inside_it():
+    judge = RulesJudge("r", {"lexicon": {"start": 50, "weights": {"kind": 10, "Not kind": -20}}})
+    assert judged(judge, "NOT KIND at all")[0] == 30 and judged(judge, "kind, kind")[0] == 70
+
+
 def test_json_and_yaml_of_the_same_rules_are_the_same_judge(tmp_path):
     import yaml
 
@@ -71,6 +76,8 @@ def test_what_no_rule_knows_is_nonsense_unless_the_file_says_otherwise():
         ("rules: [{value: 3}]", "condition"),
         ("rules: [{anwser: {words: [a]}, value: 3}]", "anwser"),
         ("rules: [{answer: [a], value: 3}]", "as an object"),
+        ("lexicon: {start: 3}", "weights"),
+        ("lexicon: {weights: {a: much}}", "words to numbers"),
         ("- a", "list"),
         ("{", "JSON or YAML"),
     ],
