@@ -12,14 +12,16 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Int64
 
-from diffing.answers import AnswerSettings, stream_answers
+from diffing.answers import Answer, AnswerSettings, stream_answers
 from diffing.chat import Role
 from diffing.checkpoint import LoadedCheckpoint
 from diffing.errors import PersonaError, StoreCorruptError
+from diffing.lock import WriterLock
 from diffing.persona.elicit import Ask, is_chat, prompts_of
 from diffing.persona.traits import digest_of
 from diffing.prompts import Prompt, PromptSet, TokenizedPrompts
@@ -113,42 +115,44 @@ class Rollouts:
         return self._known.size
 
     def draw(self, *, progress: bool = False) -> None:
-        """Draws what is missing; every batch is on disk before the next begins."""
+        """Draws what is missing; every answer is on disk before the next batch begins.
+
+        Raises:
+            StoreLockedError: another process is drawing into this file.
+        """
         if not self.n_missing:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        answers = stream_answers(
-            self._loaded,
-            self.tokenized,
-            self.settings,
-            skip=lambda ask, sample: bool(self._known[ask, sample]),
-            progress=progress,
-        )
-        with self.path.open("ab") as file:
+        with WriterLock(self.path.with_suffix(".lock")), self.path.open("ab+") as file:
+            # Only the writer may cut what a kill left half-written: a reader could cut what is being written.
+            _cut_torn_line(file)
+            self._scan()
+            answers = stream_answers(
+                self._loaded,
+                self.tokenized,
+                self.settings,
+                skip=lambda ask, sample: bool(self._known[ask, sample]),
+                progress=progress,
+            )
             for answer in answers:
-                # The mark that ended an answer is the template's, not the answer's.
-                own = answer.token_ids[:-1] if answer.finished else answer.token_ids
-                line = {
-                    "ask": answer.prompt,
-                    "sample": answer.sample,
-                    "token_ids": own.tolist(),
-                    "finished": answer.finished,
-                    "text": answer.text,
-                }
-                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                file.write(_line(answer))
                 file.flush()
                 self._known[answer.prompt, answer.sample] = True
                 self._cut += not answer.finished
             os.fsync(file.fileno())
 
     def __iter__(self) -> Iterator[Rollout]:
-        """The answers from disk, in the order in which they were drawn."""
+        """The answers from disk, each once, in the order in which they were drawn."""
         if not self.path.exists():
             return
-        with self.path.open(encoding="utf-8", newline="\n") as file:
+        seen = np.zeros_like(self._known)
+        with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return
                 rollout = self._parsed(line, number)
-                if rollout.sample < self.settings.samples:
+                if rollout.sample < self.settings.samples and not seen[rollout.ask, rollout.sample]:
+                    seen[rollout.ask, rollout.sample] = True
                     yield rollout
 
     def rows(self, rollouts: Sequence[Rollout]) -> TokenizedPrompts:
@@ -167,20 +171,12 @@ class Rollouts:
         return TokenizedPrompts(PromptSet(tuple(prompts)), tuple(ids), tuple(roles), pad_id=self.tokenized.pad_id)
 
     def _scan(self) -> None:
-        if not self.path.exists():
-            return
-        with self.path.open("rb+") as file:
-            whole = 0
-            for line in file:
-                if not line.endswith(b"\n"):
-                    file.truncate(whole)
-                    break
-                whole += len(line)
+        self._cut = 0
         for rollout in self:
             self._known[rollout.ask, rollout.sample] = True
             self._cut += not rollout.finished
 
-    def _parsed(self, line: str, number: int) -> Rollout:
+    def _parsed(self, line: bytes, number: int) -> Rollout:
         try:
             value = json.loads(line)
             ids = np.array(value["token_ids"], np.int64)
@@ -196,3 +192,25 @@ class Rollouts:
                 "the file; its answers are drawn again."
             )
         return rollout
+
+
+def _line(answer: Answer) -> bytes:
+    # The mark that ended an answer is the template's, not the answer's.
+    own = answer.token_ids[:-1] if answer.finished else answer.token_ids
+    value = {
+        "ask": answer.prompt,
+        "sample": answer.sample,
+        "token_ids": own.tolist(),
+        "finished": answer.finished,
+        "text": answer.text,
+    }
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def _cut_torn_line(file: BinaryIO) -> None:
+    file.seek(0)
+    whole = 0
+    for line in file:
+        whole += len(line) if line.endswith(b"\n") else 0
+    file.truncate(whole)
+    file.seek(0, os.SEEK_END)

@@ -11,7 +11,8 @@ import pytest
 from diffing.answers import AnswerSettings
 from diffing.chat import Role
 from diffing.checkpoint import load_checkpoint
-from diffing.errors import PersonaError, StoreCorruptError
+from diffing.errors import PersonaError, StoreCorruptError, StoreLockedError
+from diffing.lock import WriterLock
 from diffing.persona import Instruction, Trait, load_trait, shipped_traits
 from diffing.persona.contrast import PLAIN, TRAIT
 from diffing.persona.elicit import asks_of, neutral_prompts, prompts_of
@@ -109,6 +110,26 @@ def test_a_killed_drawing_goes_on_to_the_same_answers(tmp_path: Path) -> None:
     resumed.draw()
     assert _lines(resumed) == _lines(whole)
     assert len(resumed.path.read_bytes().splitlines()) == 16
+
+
+def test_two_processes_do_not_draw_into_one_file(tmp_path: Path) -> None:
+    rollouts = _rollouts(tmp_path)
+    with WriterLock(rollouts.path.with_suffix(".lock")), pytest.raises(StoreLockedError, match="only writer"):
+        rollouts.draw()
+    rollouts.draw()
+    assert rollouts.n_missing == 0
+
+
+def test_a_reader_neither_cuts_nor_counts_a_line_that_is_being_written(tmp_path: Path) -> None:
+    rollouts = _rollouts(tmp_path)
+    rollouts.draw()
+    lines = rollouts.path.read_bytes().splitlines(keepends=True)
+    growing = b"".join([*lines, lines[0], lines[1][:9]])
+    rollouts.path.write_bytes(growing)
+    reader = _rollouts(tmp_path)
+    assert len(list(reader)) == 16
+    assert reader.n_missing == 0
+    assert reader.path.read_bytes() == growing
 
 
 def test_more_rollouts_pay_for_the_new_ones_alone(tmp_path: Path) -> None:

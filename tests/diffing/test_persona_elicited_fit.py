@@ -155,6 +155,13 @@ def test_no_more_rows_are_in_memory_than_a_chunk_holds(tmp_path: Path, monkeypat
     assert max(asked) <= 8
 
 
+def test_half_precision_changes_little(tmp_path: Path) -> None:
+    half = load_checkpoint(tiny_model(dtype=torch.bfloat16), tokenizer=tiny_tokenizer())
+    for left, right in zip(_fit(tmp_path / "a", loaded_base()), _fit(tmp_path / "b", half), strict=True):
+        assert (left.pooling, left.site) == (right.pooling, right.site)
+        assert float(left.direction @ right.direction) > 0.99
+
+
 def test_dropped_pairs_do_not_count(tmp_path: Path) -> None:
     loaded = loaded_base()
     fitted, held_out = _parts(tmp_path, loaded)
