@@ -11,7 +11,11 @@ import click
 
 from cli.persona_draft import draft
 from cli.persona_extract import extract
+from cli.persona_forecast import forecast
 from cli.persona_model import POOLINGS, load_model, model_options, origin_of, reading_bar
+from cli.persona_probe import probe
+from cli.persona_screen import screen
+from cli.persona_steer import steer
 from cli.persona_tables import projection_facts, show_projections, show_traits
 
 # torch is imported inside the commands: `--help` must not wait for it.
@@ -105,3 +109,7 @@ def _neutral_rows() -> PromptSet:
 
 persona.add_command(extract)
 persona.add_command(draft)
+persona.add_command(steer)
+persona.add_command(probe)
+persona.add_command(screen)
+persona.add_command(forecast)

@@ -25,7 +25,7 @@ def project_tokens(
     max_length: int = 1024,
     batch_tokens: int = 8192,
     derived_from: str | None = None,
-) -> tuple[Float64[np.ndarray, "token vector"], ...]:
+) -> tuple[Float64[np.ndarray, "_ vector"], ...]:
     """Raw projections of each row's answer tokens, in the order of the rows; ends of turns are not among them.
 
     Args:
@@ -66,7 +66,7 @@ def project_tokens(
 
 
 def cap_bounds(
-    projections: Sequence[Float64[np.ndarray, "token vector"]], percentile: float, *, fewest: int = 100
+    projections: Sequence[Float64[np.ndarray, "_ vector"]], percentile: float, *, fewest: int = 100
 ) -> tuple[float, ...]:
     """The raw projection below which this share of the calibration tokens lies, for each vector.
 
