@@ -75,10 +75,11 @@ def misalignment_headline(result: MisalignmentResult) -> str:
 def _more(result: MisalignmentResult, gate: float | None) -> str:
     tuned = result.condition()
     low, high = tuned.interval
-    said = [
-        f"95 % between {percent(low)} and {percent(high)}, from {number(tuned.rate.n)} coherent answers to "
-        f"{number(tuned.rate.questions)} questions."
-    ]
+    between = "Too few questions for an interval"
+    if math.isfinite(low) and math.isfinite(high):
+        between = f"95 % between {percent(low)} and {percent(high)}"
+    counted = f"{number(tuned.rate.n)} coherent answers to {number(tuned.rate.questions)} questions"
+    said = [f"{between}, from {counted}."]
     lost = sum(tuned.split.values()) - tuned.split[Verdict.OK] - tuned.split[Verdict.MISALIGNED]
     if lost:
         said.append(f"Of all {number(sum(tuned.split.values()))} answers, {number(lost)} could not count.")
