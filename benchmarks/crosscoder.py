@@ -39,7 +39,7 @@ def run() -> list[Figure]:
         figures.append(_memory(n_latents))
     for n_latents in QUALITY_STEPS:
         figures += _quality(n_latents)
-    return [*figures, *_scaling()]
+    return [*figures, *_scaling(), _whole_pass()]
 
 
 def _training(side: str, n_latents: int) -> Training | DenseTraining:
@@ -148,21 +148,26 @@ def _quality(n_latents: int) -> list[Figure]:
     ]
 
 
-def _scaling(n_latents: int = 16_384, n_tokens: int = 8192) -> list[Figure]:
-    """Latent scaling of a large dictionary in one pass, and 32 of its latents against their own least squares."""
-    config = CrosscoderConfig(n_latents=n_latents, k=32)
+def _random_fit(n_latents: int, d_model: int) -> tuple[CrosscoderFit, torch.Generator]:
+    """A crosscoder with random rows and 32 active latents a token, and what draws tokens for it."""
+    config, generator = CrosscoderConfig(n_latents=n_latents, k=32), torch.Generator().manual_seed(0)
     flat = Normaliser(
-        torch.zeros(2, D_MODEL, dtype=torch.float64),
+        torch.zeros(2, d_model, dtype=torch.float64),
         torch.ones(2, dtype=torch.float64),
         torch.full((2,), torch.inf, dtype=torch.float64),
-        n_tokens,
+        1,
         0,
     )
-    weights = Weights.initial(n_latents, 2, D_MODEL, seed=0)
-    x = torch.randn(n_tokens, 2, D_MODEL, generator=torch.Generator().manual_seed(0))
-    sample = x[:256].flatten(1)
+    weights = Weights.initial(n_latents, 2, d_model, seed=0)
+    sample = torch.randn(256, 2 * d_model, generator=generator)
     cut = find_cut(sample, weights.encoder, weights.encoder_bias, weights.code_norms(), config.k)
-    fit = CrosscoderFit.from_training(weights, flat, cut, torch.ones(n_latents), config, [])
+    return CrosscoderFit.from_training(weights, flat, cut, torch.ones(n_latents), config, []), generator
+
+
+def _scaling(n_latents: int = 16_384, n_tokens: int = 8192) -> list[Figure]:
+    """Latent scaling of a large dictionary in one pass, and 32 of its latents against their own least squares."""
+    fit, generator = _random_fit(n_latents, D_MODEL)
+    x = torch.randn(n_tokens, 2, D_MODEL, generator=generator)
     sums = LatentSums(fit, fit.normalised_decoder)
     started = time.process_time()
     for part in x.split(2048):
@@ -186,6 +191,33 @@ def _scaling(n_latents: int = 16_384, n_tokens: int = 8192) -> list[Figure]:
             note=f"largest of 32 latents, both sides, {n_tokens:,} tokens; relative, or absolute below 1",
         ),
     ]
+
+
+def _whole_pass(n_latents: int = 16_384, n_tokens: int = 1_000_000, d_model: int = 64) -> Figure:
+    """The whole stream in one pass, in a process of its own, whose memory must not grow with it."""
+    command = [sys.executable, "-m", "benchmarks.crosscoder", "scaling", str(n_latents), str(n_tokens), str(d_model)]
+    seconds, grown = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    return Figure(
+        f"one pass of latent scaling, {n_latents:,} latents, {n_tokens:,} tokens, d {d_model}",
+        seconds,
+        "CPU-s",
+        note=f"peak {grown:.0f} MiB above the fit",
+    )
+
+
+def _pass_cost(n_latents: int, n_tokens: int, d_model: int) -> str:
+    """CPU seconds of one thread, and MiB that the process grew by, for so many tokens drawn batch by batch."""
+    torch.set_num_threads(1)
+    fit, generator = _random_fit(n_latents, d_model)
+    fit.encode_entries(torch.randn(64, 2, d_model, generator=generator))
+    before, seconds = _memory_of_process("VmRSS"), 0.0
+    sums = LatentSums(fit, fit.normalised_decoder)
+    for at in range(0, n_tokens, 2048):
+        batch = torch.randn(min(2048, n_tokens - at), 2, d_model, generator=generator)
+        started = time.process_time()
+        sums.update(batch)
+        seconds += time.process_time() - started
+    return f"{seconds} {_memory_of_process('VmHWM') - before}"
 
 
 def _distance_from_least_squares(fit: CrosscoderFit, sums: LatentSums, x: torch.Tensor) -> float:
@@ -212,4 +244,5 @@ def _distance_from_least_squares(fit: CrosscoderFit, sums: LatentSums, x: torch.
 
 
 if __name__ == "__main__":
-    print(_step_memory(sys.argv[1], int(sys.argv[2])))
+    what, *numbers = sys.argv[1:]
+    print(_pass_cost(*map(int, numbers)) if what == "scaling" else _step_memory(what, int(numbers[0])))

@@ -40,7 +40,7 @@ class DenseTraining:
 
 
 def fit_dense(paired: PairedActivations, config: CrosscoderConfig) -> CrosscoderFit:
-    """The same data, schedule and threshold as ours; no revival."""
+    """The same data, schedule and threshold as ours; unit rows at first, the exact top k · B, no revival."""
     normaliser = fit_normaliser(paired, max_norm_ratio=config.max_norm_ratio)
     training = DenseTraining(config, paired.n_models, paired.d_model[0])
     stream = paired.stream(config.batch_size, seed=config.seed)

@@ -14,6 +14,8 @@ TOKENS_PER_LATENT = 1000
 # Share of the rows held out where nobody chose any, and the number of rows below which a gate fitted on them is loose.
 _HELD_OUT = 0.05
 _FEWEST_HELD_OUT = 1000
+# Firings a latent between two revivals, on average, below which silence is chance.
+_FIRINGS_TO_TELL = 32
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class CrosscoderConfig:
         anneal_from: multiple of k to start from; 1 for no annealing.
         clip: largest norm of the whole gradient (of the loss as a fraction of the variance).
         revivals: how often, during the first `revive_until` of the steps, idle latents are set to directions that
-            the others leave unexplained; 0 for never.
+            the others leave unexplained; 0 for never, and less often where latents had no time to show themselves.
         revive_until: share of the steps after which latents are left alone.
         idle_below: a latent is idle when its share of the written energy is below this multiple of the mean.
         max_norm_ratio: tokens whose activation norm exceeds this multiple of the median on any side are left out
@@ -141,8 +143,15 @@ class CrosscoderConfig:
 
     @property
     def revival_interval(self) -> int:
-        """Steps between two revivals; 0 for none."""
-        return max(1, int(self.revive_until * self.steps / self.revivals)) if self.revivals else 0
+        """Steps between two revivals; 0 for none.
+
+        Long enough that a latent that is no rarer than others would have fired often: before that, idle latents
+        cannot be told from those whose turn has not come, which a large dictionary in a short run is full of.
+        """
+        if not self.revivals:
+            return 0
+        telling = math.ceil(_FIRINGS_TO_TELL * self.n_latents / (self.k * self.batch_size))
+        return max(1, int(self.revive_until * self.steps / self.revivals), telling)
 
     def schedule_at(self, step: int) -> float:
         """Share of the peak learning rate at the step with this number, from 0."""

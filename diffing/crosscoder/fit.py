@@ -96,7 +96,10 @@ def _train(
     stream = paired.stream(config.batch_size, seed=config.seed, start=training.step)
     steps = range(training.step, config.steps)
     for step, batch in zip(followed(steps, "Fitting the crosscoder", shown=progress), stream, strict=False):
-        training.advance(prepare(batch, without=config.held_out))
+        inputs = prepare(batch, without=config.held_out)
+        if step == 0:
+            training.scale_decoder(inputs)
+        training.advance(inputs)
         done = step + 1
         if folder is not None and done % config.save_every == 0 and done < config.steps:
             save_training(training, folder / _STATE_NAME, _identity(config, normaliser))

@@ -12,6 +12,8 @@ from diffing.crosscoder.sparse import Support
 
 # Products held at once: 4 Mi floats stay in 16 MiB whatever the size of batch and dictionary.
 _HELD_ENTRIES = 1 << 22
+# A GPU wants few large products rather than many that fit into a cache.
+_HELD_ENTRIES_GPU = 1 << 26
 # BatchTopK's cut-off is read from this share of the batch: the full top-k costs more than the encoder's product.
 _SAMPLE_SHARE = 8
 _SAMPLE_ROWS = 64
@@ -94,7 +96,7 @@ def find_cut(
 def _products(
     inputs: Float[Tensor, "token width"], encoder: Float[Tensor, "latent width"], precision: torch.dtype | None = None
 ) -> Iterator[tuple[int, Float[Tensor, "row latent"]]]:
-    step = max(1, _HELD_ENTRIES // len(encoder))
+    step = max(1, (_HELD_ENTRIES if inputs.device.type == "cpu" else _HELD_ENTRIES_GPU) // len(encoder))
     if precision is not None:
         low = encoder.to(precision)
         for first in range(0, len(inputs), step):

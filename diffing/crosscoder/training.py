@@ -99,6 +99,22 @@ class Training:
             parameter.requires_grad_(True)
         self.optimizer = torch.optim.Adam(list(weights.parameters().values()), lr=0.0, fused=True)
 
+    @torch.no_grad()
+    def scale_decoder(self, batch: Float[Tensor, "token width"]) -> None:
+        """Before the first step: multiplies the decoder by the number that makes it explain most of the first batch.
+
+        The strongest latents of a large dictionary all resemble the token, and unit rows would together write several
+        times its length: a short run would spend its steps on shrinking them. Not where latents are priced, since
+        the price is by the length of unit rows.
+        """
+        weights = self.weights
+        if self.config.sparsity != "batch_topk":
+            return
+        support, values = self.sparsity.select(batch, weights, weights.code_norms(), self.step)
+        written = support.sum_rows(values, weights.decoder)
+        best = float((written * batch).sum() / written.square().sum().clamp_min(1e-30))
+        weights.decoder *= best if best > 0.0 else 1.0
+
     def advance(self, batch: Float[Tensor, "token width"]) -> None:
         """One optimizer step on a batch in normalised units."""
         self.optimizer.zero_grad(set_to_none=True)

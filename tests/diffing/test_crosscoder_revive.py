@@ -29,17 +29,28 @@ def test_no_common_direction_and_no_residual_give_none():
     assert len(find_missing_directions(torch.zeros(8, 4), 5)[0]) == 0
 
 
-def test_revival_finds_a_feature_that_every_latent_ignored():
-    generator = torch.Generator().manual_seed(0)
+def test_revival_finds_features_that_no_latent_would_have_found():
+    unexplained = {revivals: [_with_a_silent_latent(seed, revivals) for seed in range(1, 5)] for revivals in (4, 0)}
+    assert sum(unexplained[4]) < 0.5 * sum(unexplained[0])
+
+
+def _with_a_silent_latent(seed: int, revivals: int) -> float:
+    """Six features, six latents, of which one can never fire again by itself."""
+    generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(6, 32, generator=generator)
-    config = CrosscoderConfig(n_latents=6, k=2, steps=200, batch_size=256, revivals=4, idle_below=0.2)
+    config = CrosscoderConfig(n_latents=6, k=2, steps=200, batch_size=256, revivals=revivals, idle_below=0.2)
     weights = Weights.initial(6, 2, 16, seed=0)
     with torch.no_grad():
-        # One latent can never fire again by itself.
         weights.encoder_bias[3] = -1e6
     training = Training(config, weights)
     for _ in range(200):
         codes = (torch.rand(256, 6, generator=generator) < 0.3).float()
         training.advance(codes @ directions + 0.01 * torch.randn(256, 32, generator=generator))
-    assert weights.encoder_bias[3] > -1e5
-    assert training.trace[-1].unexplained < 0.15
+    assert (weights.encoder_bias[3] > -1e5) == bool(revivals)
+    return training.trace[-1].unexplained
+
+
+def test_latents_that_had_no_time_to_fire_are_not_revived():
+    few, many = (CrosscoderConfig(n_latents=n, k=10, steps=200, batch_size=512) for n in (512, 32_768))
+    assert few.revival_interval == 12
+    assert many.revival_interval > 200

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffing import CrosscoderConfig
 from diffing.crosscoder.select import find_cut, select_above, select_top
 from diffing.crosscoder.sparse import decode_entries, encode_entries
+from diffing.crosscoder.training import Training
+from diffing.crosscoder.weights import Weights
 
 
 def _problem(n_tokens: int = 40, n_latents: int = 24, width: int = 6):
@@ -83,3 +86,27 @@ def test_a_token_without_active_latents_is_written_as_nothing():
     gate = torch.full((24,), 1e9, dtype=torch.float64)
     support, values = select_above(inputs, encoder, bias, gate)
     assert torch.equal(decode_entries(values, decoder, support), torch.zeros(3, 6, dtype=torch.float64))
+
+
+def test_the_first_decoder_is_as_long_as_explains_most_of_the_first_batch():
+    batch = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
+    config = CrosscoderConfig(n_latents=512, k=8, steps=10, batch_size=256)
+
+    def unexplained(multiple: float, *, scaled: bool = True) -> float:
+        training = Training(config, Weights.initial(512, 2, 16, seed=0))
+        if scaled:
+            training.scale_decoder(batch)
+        with torch.no_grad():
+            training.weights.decoder *= multiple
+            return float(training.loss(batch).unexplained)
+
+    assert unexplained(1.0, scaled=False) > 1.0
+    assert unexplained(1.0) < min(unexplained(0.95), unexplained(1.05), 0.9)
+
+
+def test_priced_latents_keep_unit_rows():
+    weights = Weights.initial(64, 2, 16, seed=0)
+    before = weights.decoder.clone()
+    training = Training(CrosscoderConfig(n_latents=64, k=8, sparsity="l1"), weights)
+    training.scale_decoder(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(training.weights.decoder, before)
