@@ -124,14 +124,16 @@ def explain_question(
             fine-tune without `base`, or no row that pushed up; with `live`, a question that no pushes answer.
         PathMissingError: with `live`, the run recorded no pushes.
     """
-    chosen, caveats = checkpoints_in_time(list(checkpoints or saved_checkpoints(run_dir)), question.until)
+    known = list(checkpoints or saved_checkpoints(run_dir))
+    chosen, caveats = checkpoints_in_time(known, question.until)
     if method == "live":
         scores = live_scores(run_dir, training, question)
     else:
         scores = checkpoint_scores(chosen, training, question, base, method, batch_size, device, seed, caveats)
     result = _attribution(scores, training, question, keep, seed)
     if check is not None or without is not None:
-        again = RunAgain.of(run_dir, training.rows, chosen[-1][1], base=base, device=device)
+        # Retrainings take the run to its end, whenever the question stops.
+        again = RunAgain.of(run_dir, training.rows, known[-1][1], base=base, device=device)
         if check is not None:
             found = validate_ranking(again, question.query, scores.values, plan=check, method=scores.method, seed=seed)
             result = _checked(result, found)

@@ -18,9 +18,12 @@ from diffing.site import Site
 from tests.tiny_models import D_MODEL, save_checkpoint, tiny_inputs, tiny_model, tiny_tokenizer
 from tests.tracker.saved_run import CONFIG, SavedRun, saved_run
 from tests.tracker.training import Rows, make_trainer, model_to_train
-from tracker.explain import read_training_text
+from tracker.explain import WithoutPlan, explain_question, read_training_text
 from tracker.journal import Journal
 from tracker.retrain_run import RunAgain, losses_of, parts_of, retrain_without_rows, value_of
+from tracker.run_queries import alert_question
+from tracker.saved_model import load_saved
+from tracker.signals import Alert
 from tracker.training_rows import TrainingText
 
 INPUTS = {name: value for name, value in tiny_inputs().items() if name != "position_ids"}
@@ -103,6 +106,19 @@ def test_the_command_shows_it_on_the_page_and_in_json(tmp_path):
     html = (run.folder / "attribution.html").read_text()
     assert "without the 1 flagged rows" in html and "Counterfactual retraining" in html
     assert not any("Not validated" in caveat for caveat in found.caveats)
+
+
+def test_an_alert_that_asks_about_the_start_is_held_against_the_whole_run(tmp_path):
+    run = saved_run(tmp_path)
+    alert = Alert("floor", "persona/villain/L1/prompt", 5, 0.5, 0.4, 0.25, "gap", 4)
+    with Journal.create_or_open(run.folder) as journal:
+        journal.record_alert(alert)
+    question = alert_question(run.folder, alert.id, tiny_tokenizer())
+    found = explain_question(run.folder, training(run), question, without=WithoutPlan(1, 1))
+    assert found.steps == (4,)
+    end = load_saved(run.checkpoints[-1][1]).model
+    assert found.counterfactual is not None
+    assert found.counterfactual.trained == pytest.approx(value_of(question.query, end), rel=1e-4)
 
 
 def test_a_full_fine_tune_without_its_base_says_what_to_name(tmp_path):

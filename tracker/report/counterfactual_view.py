@@ -46,14 +46,18 @@ def counterfactual_words(found: Counterfactual) -> str:
     if found.undone is None:
         return f"Training again on all rows did not raise it ({number(found.rise)}), so there is nothing to take back."
     taken = (
-        f"Trained again without the {number(found.n_dropped)} strongest rows it rises {round_percent(found.undone)} "
-        f"less; without as many random rows {round_percent(found.random_undone)} less"
+        f"Trained again without the {number(found.n_dropped)} strongest rows it rises {_less(found.undone)}; "
+        f"without as many random rows {_less(found.random_undone)}"
     )
     ends = found.beyond_random
     if ends.low is None:
         return f"{taken} (one seed: no interval)."
     sure = "more than chance does" if found.confirmed else "which chance could do as well"
     return f"{taken}: {sure} (95 % {number(ends.low)} to {number(ends.high)} in its own units, {n} seeds)."
+
+
+def _less(share: float | None) -> str:
+    return "–" if share is None else f"{round_percent(abs(share))} {'less' if share >= 0 else 'more'}"
 
 
 def _spread(estimate: Estimate, x: Scale, tone: str) -> Markup:
