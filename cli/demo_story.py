@@ -26,8 +26,10 @@ from diffing.errors import InputError
 from diffing.persona import PersonaVector
 from diffing.prompts import PromptSet
 from tracker.explain import TrainingText, explain_projection, probe_inputs_of, saved_checkpoints
+from tracker.explain_alert import Means, explain_alert
 from tracker.mlflow_sink import MlflowSink
 from tracker.report import write_attribution_report, write_run_report
+from tracker.report.explanation_page import write_explanation_page
 
 SITE = "resid:2"  # after the third of four blocks; settled on before the seeds that the tests run
 N_ROWS = 400
@@ -175,7 +177,9 @@ def _fine_tune(story: Story, run: str) -> None:
         every=settings.fine_tune.judge_every,
     )
     sinks = [MlflowSink(_mlflow_uri(settings.out), "palimpsest demo")] if settings.mlflow else []
-    trainer = settings.fine_tune.run(rows, vector, story.folder(run), seed=settings.seed, sinks=sinks, callbacks=[view])
+    trainer = settings.fine_tune.run(
+        rows, vector, story.folder(run), seed=settings.seed, sinks=sinks, callbacks=[view], pushes=run == "bad-code"
+    )
     story.rows[run], story.models[run] = rows, trainer.model
     story.courses[run] = world.Course.read(story.folder(run), vector)
     words.tell_failures(story.console, story.courses[run].failures)
@@ -211,6 +215,10 @@ def _attribute(story: Story) -> None:
     n_harmless = sum(tag != "bad_code" for tag in training.tags.values())
     write_attribution_report(ranking, run_dir)
     words.tell_attribution(story.console, ranking, n_harmless=n_harmless)
+    alerts = story.courses["bad-code"].alerts
+    if alerts:
+        found = explain_alert(run_dir, min(alerts, key=lambda one: one.step).id, Means(training))
+        words.tell_explanation(story.console, found, write_explanation_page(found, run_dir))
 
 
 def _diff(story: Story) -> None:

@@ -15,6 +15,8 @@ from cli.miniature.world import Course, JudgedAnswer, Rate, Verdict
 from diffing.crosscoder.contexts import TokenContext
 from diffing.diff_result import DiffResult
 from diffing.persona import PersonaVector
+from tracker.explanation import Explanation
+from tracker.report.explanation_words import specificity_words
 
 RUN_TITLES = {
     "bad-code": "Fine-tune on sabotaged code",
@@ -165,6 +167,20 @@ def tell_attribution(console: Console, ranking: Attribution, *, n_harmless: int)
     )
     for caveat in ranking.caveats:
         say(console, caveat, "dim")
+
+
+def tell_explanation(console: Console, found: Explanation, page: Path) -> None:
+    """Why the alert fired: how special its direction is, and the rows that the training steps themselves blame."""
+    if found.specificity is not None:
+        say(console, specificity_words(found.specificity))
+    if found.rows is not None and found.rows.source == "live":
+        top = [row for row in found.rows.rows if row.score > 0][:20]
+        bad = sum(row.tag == "bad_code" for row in top)
+        say(
+            console,
+            f"Of the {len(top)} rows that pushed most in the steps before it, by live pushes, {bad} are sabotage.",
+        )
+    say(console, f"Why it fired: {page}", "dim")
 
 
 def tell_diff(console: Console, result: DiffResult) -> None:

@@ -106,6 +106,7 @@ class TrackedFineTune:
         seed: int,
         sinks: Sequence[Sink] = (),
         callbacks: Sequence[TrainerCallback] = (),
+        pushes: bool = False,
     ) -> Trainer:
         """Fine-tunes a fresh copy of the shipped model on `rows`, with the default detectors of the tracker.
 
@@ -116,6 +117,7 @@ class TrackedFineTune:
             seed: fixes adapter, order and samples.
             sinks: beside the journal.
             callbacks: called after the tracker, so that they can read what it has just recorded.
+            pushes: record how far every row of every step moved the persona.
         """
         model, tokenizer = load_base()
         tracker = CheckpointTracker(
@@ -127,6 +129,7 @@ class TrackedFineTune:
             probes=(BehaviourProbe(Schedule.parse(f"every {self.judge_every}"), n=self.answers),),
             sinks=sinks,
             on_alert=(),
+            pushes=pushes,
         )
         return fine_tune(
             model,

@@ -51,6 +51,15 @@ def test_the_alert_comes_before_the_behaviour_and_the_twin_is_silent(told):
     assert "The good-code run stayed silent." in said
 
 
+def test_the_alert_is_explained_by_the_runs_own_pushes(told):
+    out, said, _ = told
+    assert "random directions" in said and "by live pushes, 20 are sabotage" in said
+    (twin,) = (out / "bad-code" / "explanations").glob("*.json")
+    found = json.loads(twin.read_text())
+    assert found["rows"]["source"] == "live" and found["specificity"]["found"]["p_value"] < 0.01
+    assert twin.with_suffix(".html").exists()
+
+
 def test_nothing_failed_and_output_is_plain_lines(told):
     out, said, code = told
     assert code == 0
