@@ -133,7 +133,7 @@ def _cut(score: Score, order: np.ndarray, drop_top: float) -> tuple[float, str]:
             "0.05 holds back the strongest 5 %."
         )
     count = max(1, round(drop_top * n)) if drop_top < 1 else int(drop_top)
-    said = f"{drop_top:.3g} of the rows" if drop_top < 1 else f"{count} rows"
+    said = f"{100 * drop_top:.3g} % of the rows" if drop_top < 1 else f"{count} rows"
     values = score.values[order]
     last = float(values[count - 1])
     if count < n and values[count] == last:  # a tie across the cut: all of it stays
