@@ -29,6 +29,7 @@ BENCHMARKS = (
     "timeline",
     "push",
     "index",
+    "steering",
 )
 RESULTS = Path(__file__).parent / "results"
 

@@ -6,3 +6,4 @@ from tracker.core import default_detectors as default_detectors
 from tracker.decision import Decision as Decision
 from tracker.manual import LoopTracker as LoopTracker
 from tracker.manual import track as track
+from tracker.preventive import PreventiveSteering as PreventiveSteering

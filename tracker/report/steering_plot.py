@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from diffing.durable import write_atomic
-from tracker.report.page import render_page
+from tracker.report.page import finite, render_page
 from tracker.report.svg import Scale, drawing, element, ticks
 
 
@@ -53,7 +54,8 @@ def write_pareto_page(points: Sequence[Point], path: Path | str, *, least_kept: 
     """
     path = Path(path)
     best = points[0].rate / least_cut
-    write_atomic(path.with_suffix(".json"), json.dumps([asdict(point) for point in points], indent=1) + "\n")
+    twin = json.dumps(finite([asdict(point) for point in points]), indent=1)
+    write_atomic(path.with_suffix(".json"), twin + "\n")
     page = render_page(
         "pareto.html",
         title="Preventive steering: what is kept and what spreads",
@@ -71,8 +73,9 @@ def write_pareto_page(points: Sequence[Point], path: Path | str, *, least_kept: 
 def pareto_plot(points: Sequence[Point], *, least_kept: float, most_rate: float) -> Markup:
     """Misaligned answers elsewhere (down is better) against the habit kept (right is better), with intervals."""
     width, height = 640, 400
-    top = max(point.rate_high for point in points) * 1.06
-    left = min(0.9, min(point.kept_low for point in points) - 0.04)
+    top = 1.06 * max(one for point in points for one in (point.rate, point.rate_high) if math.isfinite(one))
+    lowest = min(one for point in points for one in (point.kept, point.kept_low) if math.isfinite(one))
+    left = min(0.9, lowest - 0.04)
     x, y = Scale(left, 1.03, 52, width - 24), Scale(0, top, height - 52, 16)
     parts = [
         element("rect", x=x(least_kept), y=y(most_rate), width=x.end - x(least_kept), height=y(0) - y(most_rate),
@@ -101,9 +104,16 @@ def pareto_plot(points: Sequence[Point], *, least_kept: float, most_rate: float)
 def _mark(point: Point, x: Scale, y: Scale, *, tone: str, above: bool) -> list[Markup]:
     place, level = x(point.kept), y(point.rate)
     right = place > (x.start + x.end) / 2
+    whiskers = []
+    # With fewer than five seeds there is no interval to draw.
+    if math.isfinite(point.kept_low) and math.isfinite(point.rate_low):
+        across, up = (x(point.kept_low), x(point.kept_high)), (y(point.rate_low), y(point.rate_high))
+        whiskers = [
+            element("line", x1=across[0], x2=across[1], y1=level, y2=level, class_=f"whisker {tone}"),
+            element("line", x1=place, x2=place, y1=up[0], y2=up[1], class_=f"whisker {tone}"),
+        ]
     return [
-        element("line", x1=x(point.kept_low), x2=x(point.kept_high), y1=level, y2=level, class_=f"whisker {tone}"),
-        element("line", x1=place, x2=place, y1=y(point.rate_low), y2=y(point.rate_high), class_=f"whisker {tone}"),
+        *whiskers,
         element("circle", cx=place, cy=level, r=5, class_=f"mark {tone}"),
         element("text", point.name, x=place - 10 if right else place + 10, y=level - 9 if above else level + 18,
                 class_="tick end" if right else "tick"),
