@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from attribution.blocks import Block
@@ -25,6 +26,8 @@ from attribution.recording import RecordedGradients
 from attribution.rotation import Basis
 from attribution.sums import sum_covariances, sum_moments
 from diffing.errors import InputError
+
+_WAITING_BYTES = 64 << 20  # rows' gradients that may wait for the basis, which spares a second pass over the rows
 
 CurvatureKind = Literal["identity", "diagonal", "kfac", "ekfac", "exact", "datainf"]
 
@@ -120,6 +123,12 @@ class _Fit:
             seed=self.seed, state=None if self.folder is None else self.folder / "moments.safetensors",
         )  # fmt: skip
 
+    def keeps_rows(self) -> bool:
+        """Whether rows' whole gradients fit beside the model: those of an adapter, of not too many rows."""
+        trained = sum(block.numel for block in self.blocks)
+        whole = sum(parameter.numel() for parameter in self.model.parameters())
+        return self.folder is None and trained < whole // 3 and 4 * trained * len(self.rows) <= _WAITING_BYTES
+
     def described(self, name: str) -> str:
         rule = f"damping {self.damping} x mean eigenvalue by block"
         return f"{name} ({self.labels} labels, {rule}, {len(self.rows)} rows)"
@@ -145,8 +154,26 @@ def _fit_diagonal(fit: _Fit) -> EkfacCurvature:
 
 
 def _fit_ekfac(fit: _Fit) -> EkfacCurvature:
+    if fit.keeps_rows():
+        return _fit_ekfac_once(fit)
     bases = fit.covariances().bases()
     return fit.finished("EK-FAC", bases, fit.moments(bases).means())
+
+
+def _fit_ekfac_once(fit: _Fit) -> EkfacCurvature:
+    """One pass: rows' gradients wait, whole, for the basis that they will be squared in."""
+    covariances = CovarianceSums(fit.blocks)
+    waiting: list[list[Tensor]] = [[] for _ in fit.blocks]
+    for recorded in fit.stream():
+        covariances.update(recorded)
+        for held, block in zip(waiting, fit.blocks, strict=True):
+            held.append(recorded.gradient(block))
+    bases = covariances.bases()
+    means = [
+        sum(basis.rotate(part).square_().sum(dim=0) for part in held) / len(fit.rows)
+        for basis, held in zip(bases, waiting, strict=True)
+    ]
+    return fit.finished("EK-FAC", bases, [torch.as_tensor(mean) for mean in means])
 
 
 def _fit_kfac(fit: _Fit) -> EkfacCurvature:

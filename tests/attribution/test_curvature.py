@@ -198,3 +198,13 @@ def test_a_block_without_gradient_does_not_divide_by_zero():
     factor = BlockFactors(None, None, torch.zeros(2), 1e-30)
     solved = EkfacCurvature((factor,), "").solve(0, torch.zeros(1, 2))
     assert torch.equal(solved, torch.zeros(1, 2))
+
+
+def test_an_adapters_factors_need_one_pass_and_are_those_of_two(tmp_path):
+    model, rows = tiny_lora(), random_rows(5)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trained < sum(parameter.numel() for parameter in model.parameters()) // 3  # what one pass is for
+    once = fit_curvature(model, rows)
+    twice = fit_curvature(model, rows, folder=tmp_path)
+    for one, two in zip(once.factors, twice.factors, strict=True):
+        torch.testing.assert_close(one.second_moment, two.second_moment, rtol=1e-4, atol=1e-9)
