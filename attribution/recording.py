@@ -16,6 +16,8 @@ from attribution.blocks import Block, accumulation_dtype
 from attribution.experts import expert_sides
 from diffing.errors import InputError
 
+_NARROW = 8  # how much shorter one side must be for the product to be taken the other way round
+
 
 @dataclass
 class Use:
@@ -170,8 +172,12 @@ def add_product(total: Float[Tensor, "row ..."], sides: Sides) -> None:
     if sides.one_hot:
         rows, tokens, width = right.shape
         total.scatter_add_(1, sides.left.unsqueeze(-1).expand(rows, tokens, width), right)
+        return
+    left = sides.left.to(total.dtype)
+    if left.shape[2] > _NARROW * right.shape[2]:  # many rows times few columns is several times slower
+        total += torch.bmm(right.transpose(1, 2), left).transpose(1, 2)
     else:
-        total.baddbmm_(sides.left.to(total.dtype).transpose(1, 2), right)
+        total.baddbmm_(left.transpose(1, 2), right)
 
 
 @contextmanager

@@ -33,7 +33,9 @@ class Basis:
 
     def rotate(self, gradients: Float[Tensor, "vector ..."]) -> Float[Tensor, "vector ..."]:
         """Whole gradients into the basis."""
-        if self.left is not None:
+        if self.left is not None and gradients.dim() == 3 and gradients.shape[2] < gradients.shape[1]:
+            gradients = (gradients.transpose(1, 2) @ self.left).transpose(1, 2)  # one product for all vectors
+        elif self.left is not None:
             gradients = torch.matmul(self.left.T, gradients)
         return gradients if self.right is None else gradients @ self.right
 
