@@ -18,7 +18,8 @@ from cli.miniature import world
 from diffing.errors import InputError
 from diffing.persona import PersonaVector
 
-# One process, default seed: about twenty seconds on a quiet core.
+# One process, default seed: about forty seconds on a quiet core, minutes on a busy one.
+pytestmark = pytest.mark.timeout(900)
 GAP = 0.15
 
 
