@@ -171,7 +171,7 @@ def _persona_probes(
             raise
         notes.append(f"The shipped probe prompts are not put to the model: {error}")
         return probes, {}
-    probes.append(PersonaPrompts(vectors, prompts))
+    probes.append(PersonaPrompts(vectors, prompts, direction=True))
     return [*probes, LivePush(vectors, prompts)] if wanted.pushes else probes, record
 
 

@@ -231,7 +231,7 @@ def test_a_direction_counts_in_as_far_as_there_is_a_drift() -> None:
 
     assert at(0.0) == 0.0
     assert at(0.05) == pytest.approx(at(0.1) / 2)
-    assert at(0.3) == at(0.1)
+    assert at(0.3) == pytest.approx(3 * at(0.1))
 
 
 def test_runs_that_went_wrong_turn_the_score_towards_what_they_moved() -> None:
