@@ -9,7 +9,7 @@ With a curvature the inner product is taken in its metric, fitted at each checkp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from attribution.adam_metric import AdamMetric
 from attribution.blocks import Coverage
-from attribution.curvature import Curvature
+from attribution.curvature import DAMPING, Curvature
 from attribution.example import ExampleId, Row
 from attribution.fit import CurvatureKind, fit_curvature
 from attribution.influence import InfluenceScores, influence, score_query
@@ -114,6 +114,8 @@ def influence_along(
     method: str | Curvature = "ekfac",
     fitted_at: FittedAt = "each",
     labels: Labels = "data",
+    damping: float = DAMPING,
+    level: bool = False,
     batch_size: int | None = None,
     seed: int = 0,
 ) -> TrajectoryScores:
@@ -129,6 +131,9 @@ def influence_along(
         method: likewise.
         fitted_at: likewise.
         labels: what factors are estimated from: the rows' own (`data`) or drawn from the model (`sampled`).
+        damping: multiple of each block's mean eigenvalue, for a method that is fitted here.
+        level: divides a query's scores at each checkpoint by their spread over the rows before they are summed, so that
+            no checkpoint outweighs the others by the size of its gradients alone. Sizes then mean nothing.
         batch_size: rows per backward pass, None: as many as fit a memory budget.
         seed: of the labels sampled for the Fisher factors.
 
@@ -142,10 +147,13 @@ def influence_along(
     def fit(model: nn.Module, saved: SavedStep) -> str | Curvature:
         if method == "adam":
             return _adam(model, saved)
-        return _fitted(model, method, train_rows, labels, batch_size, seed)
+        return _fitted(model, method, train_rows, labels, batch_size, seed, damping)
 
     def score(model: nn.Module, metric: str | Curvature) -> InfluenceScores:
-        return influence(model, train_rows, query_rows, method=metric, batch_size=batch_size, seed=seed)
+        found = influence(model, train_rows, query_rows, method=metric, batch_size=batch_size, seed=seed)
+        if not level:
+            return found
+        return replace(found, values=found.values / (found.values.std(axis=1, keepdims=True) + 1e-30))
 
     return _summed(checkpoints, fit, score, fitted_at)
 
@@ -160,12 +168,20 @@ def _adam(model: nn.Module, saved: SavedStep) -> AdamMetric:
 
 
 def _fitted(
-    model: nn.Module, method: str | Curvature, rows: Sequence[Row], labels: Labels, batch_size: int | None, seed: int
+    model: nn.Module,
+    method: str | Curvature,
+    rows: Sequence[Row],
+    labels: Labels,
+    batch_size: int | None,
+    seed: int,
+    damping: float = DAMPING,
 ) -> str | Curvature:
     kinds: dict[str, CurvatureKind] = {"ekfac": "ekfac", "kfac": "kfac", "diagonal": "diagonal"}
     if not isinstance(method, str) or method not in kinds:
         return method
-    return fit_curvature(model, rows, kind=kinds[method], labels=labels, batch_size=batch_size, seed=seed)
+    return fit_curvature(
+        model, rows, kind=kinds[method], labels=labels, damping=damping, batch_size=batch_size, seed=seed
+    )
 
 
 def _summed(

@@ -1,6 +1,6 @@
 """How do our methods score the benchmark's worlds? Through the public doors, on the same files as the peers.
 
-`along`: EK-FAC summed over the run's start and its six checkpoints, weighing alike, fitted at each.
+`along`: EK-FAC summed over the run's start and its six checkpoints, each to its own spread, fitted at each.
 `ensemble`: the same over further runs on the same rows in other orders: what they share is the rows' doing.
 """
 
@@ -47,7 +47,8 @@ def score_ensemble(
 def _score_run(setting: Setting, checkpoints: list[Path]) -> Float[np.ndarray, "measured row"]:
     saved = [SavedStep(int(folder.name.split("-")[1]), 1.0, partial(_load, folder)) for folder in checkpoints]
     start = SavedStep(0, 1.0, setting.base)
-    return influence_along([start, *saved], list(setting.world.rows), measured(setting.world)).values
+    rows, asked = list(setting.world.rows), measured(setting.world)
+    return influence_along([start, *saved], rows, asked, damping=1.0, level=True).values  # chosen on world 10
 
 
 def _further_run(setting: Setting, number: int) -> list[Path]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from attribution import Attribution, CompletionQuery, SavedStep, rank_rows, score_query, score_trajectory
+from attribution.trajectory import influence_along
 from diffing.errors import InputError, PathMissingError
 from tests.attribution.models import random_rows, tiny_llama
 
@@ -17,6 +18,13 @@ def test_trajectory_is_the_learning_rate_weighted_sum_over_checkpoints():
     expected = 2.0 * score_query(models[4], train, [query]).values + 0.5 * score_query(models[8], train, [query]).values
     assert scores.steps == (4, 8)
     np.testing.assert_allclose(scores.values, expected)
+
+
+def test_level_checkpoints_weigh_alike_whatever_the_size_of_their_gradients():
+    models = {4: tiny_llama(seed=1), 8: tiny_llama(seed=2)}
+    saved = [SavedStep(4, 1.0, lambda: models[4]), SavedStep(8, 1.0, lambda: models[8])]
+    scores = influence_along(saved, random_rows(5), random_rows(2, seed=8), method="dot", level=True)
+    np.testing.assert_allclose(scores.per_step.std(axis=2), 1.0)
 
 
 def test_no_checkpoint_is_refused():
