@@ -15,6 +15,8 @@ from tracker.alarms.fusion import SCORE, fit_score
 from tracker.alarms.run_series import RunSeries
 from tracker.callback import CheckpointTracker
 from tracker.journal import Journal
+from tracker.replay import replay_alerts
+from tracker.rules import Rule, RuleSet
 from tracker.signals import DriftSignal
 
 SAVING = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "constant"}
@@ -73,6 +75,16 @@ def test_a_resumed_run_has_the_scores_of_an_unbroken_one(tmp_path: Path, bank: N
     resumed = scores(tracked(tmp_path, settings={"bank": bank}, resume=True))
     assert [one.step for one in resumed] == [one.step for one in unbroken]
     assert [one.value for one in resumed] == pytest.approx([one.value for one in unbroken], rel=1e-4, abs=1e-5)
+
+
+def test_rules_with_a_bank_judge_a_run_that_was_never_scored(tmp_path: Path, plain: Path, bank: NullBank) -> None:
+    rules = RuleSet((Rule("drifted", SCORE, "max_over_run", {"bank": bank, "level": 0.05}),))
+    replayed = replay_alerts(plain, rules)
+    live = scores(tracked(tmp_path, settings={"bank": bank}))
+    first = next(one for one in live if one.value > 1)
+    assert [(alert.signal, alert.step) for alert in replayed.alerts] == [(SCORE, first.step)]
+    assert replayed.alerts[0].value == pytest.approx(first.value, rel=1e-4)
+    assert replayed.unmatched == ()
 
 
 def test_a_run_of_another_schedule_is_refused_in_its_first_second(tmp_path: Path, bank: NullBank) -> None:
