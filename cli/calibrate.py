@@ -63,20 +63,28 @@ def _show(made: Calibration, out: Path) -> None:
     from tracker.report.text import visible
 
     console = Console(highlight=False)
-    console.print(Text(f"{out}: {made.n} benign runs of {made.horizon} steps."))
+    console.print(Text(f"{visible(str(out))}: {made.n} benign runs of {made.horizon} steps."))
     console.print(Text(made.verdict, style="" if made.vouched else "bold red"))
     for note in made.notes:
         console.print(Text(note))
     table = Table(box=None, pad_edge=False)
     for heading in ("signal", "unit", "threshold", "largest", "median"):
-        table.add_column(heading, justify="left" if heading in ("signal", "unit") else "right")
+        table.add_column(heading, justify="left" if heading in ("signal", "unit") else "right", no_wrap=True)
     if made.left_out:
-        table.add_column("left out", justify="right")
+        table.add_column("alarms left out", justify="right")
     for one in made.signals:
         threshold = "none" if one.threshold is None else f"{one.threshold:.3g}"
-        alarms = [] if one.left_out is None else [str(one.left_out)]
+        alarms = [] if one.left_out is None else [f"{one.left_out.count} of {one.left_out.n}"]
         shown = (visible(one.pattern), one.unit, threshold, f"{one.largest:.3g}", f"{one.median:.3g}", *alarms)
         table.add_row(*(Text(text) for text in shown))
     console.print(table)
+    if made.left_out:
+        console.print(Text(f"Alarms left out: of each signal, on every run judged by the others; {_share(made)}."))
     for part in made.parts:
         console.print(Text(f"  {part.weight:5.1%} of the score: {visible(part.signal)}"))
+
+
+def _share(made: Calibration) -> str:
+    """The first signal's share of alarms with its interval."""
+    first = next(one for one in made.signals if one.left_out is not None)
+    return f"of {first.pattern} {first.left_out}"
