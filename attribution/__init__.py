@@ -4,12 +4,14 @@ from attribution.check import Check, Validation
 from attribution.curvature import Curvature, EkfacCurvature, Identity
 from attribution.curvature_file import load_curvature, save_curvature
 from attribution.fit import fit_curvature, fit_ekfac
+from attribution.forecast import Forecast, ForecastSettings, forecast
 from attribution.index import GradientIndex
 from attribution.influence import InfluenceScores, influence, score_query
 from attribution.lexical import lexical_scores
 from attribution.live_rows import KeepExampleIds
 from attribution.outcomes import Outcomes
 from attribution.planted import check_planted, make_plants
+from attribution.pushes import Pushes, measure_pushes
 from attribution.queries import (
     CompletionQuery,
     ContrastQuery,
@@ -35,6 +37,8 @@ __all__ = [
     "ContrastQuery",
     "Curvature",
     "EkfacCurvature",
+    "Forecast",
+    "ForecastSettings",
     "GradientIndex",
     "Identity",
     "InfluenceScores",
@@ -43,6 +47,7 @@ __all__ = [
     "LogitDifferenceQuery",
     "Outcomes",
     "ProjectionQuery",
+    "Pushes",
     "Query",
     "Retraining",
     "SavedStep",
@@ -57,11 +62,13 @@ __all__ = [
     "check_tail_patch",
     "fit_curvature",
     "fit_ekfac",
+    "forecast",
     "influence",
     "influence_along",
     "lexical_scores",
     "load_curvature",
     "make_plants",
+    "measure_pushes",
     "prepare_queries",
     "prepare_rows",
     "rank_rows",

@@ -30,6 +30,10 @@ BENCHMARKS = (
     "push",
     "index",
     "steering",
+    "alarms",
+    "forecast",
+    "screening",
+    "canary",
 )
 RESULTS = Path(__file__).parent / "results"
 

@@ -15,6 +15,7 @@ from cli.persona_forecast import forecast
 from cli.persona_model import POOLINGS, load_model, model_options, origin_of, reading_bar
 from cli.persona_probe import probe
 from cli.persona_screen import screen
+from cli.persona_shift import shift
 from cli.persona_steer import steer
 from cli.persona_tables import projection_facts, show_projections, show_traits
 
@@ -113,3 +114,4 @@ persona.add_command(steer)
 persona.add_command(probe)
 persona.add_command(screen)
 persona.add_command(forecast)
+persona.add_command(shift)

@@ -182,3 +182,19 @@ def test_help_does_not_wait_for_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_shift_pairs_the_same_prompts_of_two_checkpoints(files: Files, tmp_path: Path) -> None:
+    with_lora(tiny_model("llama")).save_pretrained(tmp_path / "adapter")
+    arguments = ["shift", files["model"], str(tmp_path / "adapter"), files["model"], "--vector", files["vector"]]
+    said = json.loads(run([*arguments, "--prompts", files["positive"], "--json"]).stdout)
+    (moved,), (still,) = said[str(tmp_path / "adapter")], said[files["model"]]
+    assert still["mean"] == 0 and set(still["values"]) == {0.0}
+    vector, rows = PersonaVector.load(files["vector"]), PromptSet.from_file(files["positive"])
+    sides = [
+        project(load_checkpoint(*one, **more), rows, vector).values
+        for one, more in (((files["model"],), {}), ((tmp_path / "adapter",), {"base": files["model"]}))
+    ]
+    assert moved["values"] == pytest.approx((sides[1] - sides[0]).tolist(), abs=1e-5)
+    assert moved["n"] == len(rows) and moved["low"] < moved["mean"] < moved["high"]
+    assert "cruel" in run([*arguments, "--prompts", files["positive"]]).output
