@@ -71,7 +71,7 @@ def _show(made: Calibration, out: Path) -> None:
     for heading in ("signal", "unit", "threshold", "largest", "median"):
         table.add_column(heading, justify="left" if heading in ("signal", "unit") else "right", no_wrap=True)
     if made.left_out:
-        table.add_column("alarms left out", justify="right")
+        table.add_column("left out", justify="right")
     for one in made.signals:
         threshold = "none" if one.threshold is None else f"{one.threshold:.3g}"
         alarms = [] if one.left_out is None else [f"{one.left_out.count} of {one.left_out.n}"]
