@@ -11,6 +11,7 @@ from typing import Any
 from attribution.ranking import Attribution, AttributionRow
 from diffing.diff_result import DiffResult
 from diffing.durable import write_atomic, write_json
+from tracker.alarms.changepoints import stretches
 from tracker.alert_life import mark_of
 from tracker.report.charts import bar
 from tracker.report.diff_cards import latent_cards
@@ -41,6 +42,7 @@ PAGE_NAME, TWIN_NAME = "report.html", "report.json"
 _MULTIPLES = (60, 24, 8)  # small charts shown, fewer where the page would grow past its limit
 _MOST_ROWS = 12
 _MOST_ALERTS = 20
+_MOST_LEVELS = 8
 
 
 def write_run_report(run_dir: Path | str) -> Path:
@@ -135,6 +137,8 @@ def _alert(alert: Alert, report: RunReport) -> dict[str, Any]:
     return {
         "alert": alert,
         "stands": stands,
+        "explained": report.explanations.get(alert.id),
+        "levels": stretches(report.series(alert.signal))[:_MOST_LEVELS],
         "muted": alert.evidence.get("muted"),
         "asked": [str(one) for one in alert.evidence.get("actions", ())],
         "told": [str(one) for one in alert.evidence.get("notify", ())],
@@ -193,6 +197,11 @@ def _multiple(report: RunReport, name: str) -> dict[str, Any]:
 def _interventions(report: RunReport) -> list[str]:
     """What the tracker did to the training, as far as the directory proves it."""
     said = [str(one) for one in report.interventions]
+    if any("vectors" in one.settings for one in report.interventions):
+        said.append(
+            "While it is steered, projections of the training batch are read inside the steered passes; those at the "
+            "probe prompts and the canaries are not steered."
+        )
     if report.status == "stopped":
         said.append(f"Training was stopped at step {report.last_step} by an alert.")
     wanted = _configured_actions(report)

@@ -15,6 +15,7 @@ from diffing.diff_result import DiffResult
 from diffing.errors import InputError, PathMissingError
 from tracker.alert_life import Incident, incidents
 from tracker.events import CheckpointSaved
+from tracker.explanation import explanation_path
 from tracker.interventions import InterventionSpan, intervention_spans
 from tracker.journal import Attempt, Failure, Journal
 from tracker.report.names import BEHAVIOUR
@@ -36,6 +37,7 @@ class RunReport:
         attempts: starts of the run, first to last.
         incidents: where every alert stands: pending, firing, acknowledged or resolved.
         interventions: what was done to the training itself, in order.
+        explanations: alert's id to its page, relative to the folder, where `palimpsest explain` made one.
         checkpoints: (step, folder) of every checkpoint saved, by step.
         attribution: the training rows that pushed, None where nobody asked.
         diff: what changed from the base, None where no diff was made.
@@ -52,6 +54,7 @@ class RunReport:
     attempts: tuple[Attempt, ...] = ()
     incidents: tuple[Incident, ...] = ()
     interventions: tuple[InterventionSpan, ...] = ()
+    explanations: Mapping[str, str] = field(default_factory=dict)
     checkpoints: tuple[tuple[int, str], ...] = ()
     attribution: Attribution | None = None
     diff: DiffResult | None = None
@@ -179,7 +182,11 @@ def _with_files(report: RunReport, folder: Path) -> RunReport:
     diff = _optional(DiffResult.load, folder / "diff", folder / "diff" / "diff.json", notes)
     probes = _optional(_read_json, folder / "probes.json", folder / "probes.json", notes)
     personas = tuple(sorted(path.name for path in folder.glob("personas/*.safetensors")))
-    whole = replace(report, attribution=attribution, diff=diff, probes=probes or {}, personas=personas)
+    pages = {alert.id: explanation_path(folder, alert.id).with_suffix(".html") for alert in report.alerts}
+    explained = {name: str(page.relative_to(folder)) for name, page in pages.items() if page.is_file()}
+    whole = replace(
+        report, attribution=attribution, diff=diff, probes=probes or {}, personas=personas, explanations=explained
+    )
     return replace(whole, missing=(*notes, *_missing(whole)))
 
 
