@@ -39,6 +39,7 @@ from tracker.alarms.levels import ExactShare, nulls_needed
 REPLAYS, RISE = 1000, 1.0
 _STATED = 0.05
 _OURS = "misalignment score"
+_MARGINS = (1.25, 1.5, 2.0)  # what silence on narrow twins costs in lead
 
 
 def run() -> list[Figure]:
@@ -79,6 +80,9 @@ def world_figures() -> list[Figure]:
     if not bases:
         return figures
     figures += _ours([one for bank, tested in bases for one in judge_runs(_OURS, bank, tested)])
+    for margin in _MARGINS:
+        wider = [one for bank, tested in bases for one in judge_runs(_OURS, bank, tested, margin=margin)]
+        figures += _summary(f"{_OURS} at {margin:g} times the threshold", wider)
     for name in (name for name in MONITORS if name != _OURS):
         figures += _summary(name, [one for bank, tested in bases for one in judge_runs(name, bank, tested)])
     for name in RULES:
@@ -142,7 +146,8 @@ def _leads(bad: Sequence[Judged]) -> str:
     if not leads:
         return "no lead"
     steps = statistics.median(leads)
-    return f"median lead {steps:.1f} steps, {steps * BATCH:.0f} examples, n={len(leads)}"
+    share = statistics.median(one.lead / one.run.crossing for one in bad if one.lead is not None and one.run.crossing)
+    return f"median lead {steps:.1f} steps ({share:.0%}), {steps * BATCH:.0f} examples, n={len(leads)}"
 
 
 def _by_kind(judged: Sequence[Judged]) -> str:

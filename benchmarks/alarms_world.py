@@ -169,15 +169,17 @@ MONITORS: dict[str, Callable[[Sequence[Recorded]], Calibrated]] = {
 }
 
 
-def judge_runs(monitor: str, bank: Sequence[Recorded], runs: Sequence[Recorded]) -> list[Judged]:
-    """Holds runs of one base against its bank.
+def judge_runs(
+    monitor: str, bank: Sequence[Recorded], runs: Sequence[Recorded], *, margin: float = 1.0
+) -> list[Judged]:
+    """Holds runs of one base against its bank, at so many times the threshold.
 
     Raises:
         InputError: the bank cannot vouch for the level.
     """
     own, read = MONITORS[monitor](bank)
     threshold = conformal_threshold([_highest(points) for points in own], LEVEL)
-    return [_judge(run, read(run), threshold) for run in runs]
+    return [_judge(run, read(run), threshold + (margin - 1) * abs(threshold)) for run in runs]
 
 
 def judge_uncalibrated(rule: str, bank: Sequence[Recorded], runs: Sequence[Recorded]) -> list[Judged]:
