@@ -12,7 +12,7 @@ import click
 from cli.persona_draft import draft
 from cli.persona_extract import extract
 from cli.persona_forecast import forecast
-from cli.persona_model import POOLINGS, load_model, model_options, origin_of, reading_bar
+from cli.persona_model import POOLINGS, load_model, model_options, neutral_rows, origin_of, reading_bar
 from cli.persona_probe import probe
 from cli.persona_screen import screen
 from cli.persona_shift import shift
@@ -21,7 +21,7 @@ from cli.persona_tables import projection_facts, show_projections, show_traits
 
 # torch is imported inside the commands: `--help` must not wait for it.
 if TYPE_CHECKING:
-    from diffing.prompts import PromptSet
+    pass
 
 _FILE = click.Path(path_type=Path)
 
@@ -58,7 +58,7 @@ def project(
     from diffing.prompts import PromptSet
 
     axes = [PersonaVector.load(path) for path in vectors]
-    rows = PromptSet.from_file(prompts) if prompts else _neutral_rows()
+    rows = PromptSet.from_file(prompts) if prompts else neutral_rows()
     if prompts is None:
         pooling = pooling or "last_prompt"
     loaded = load_model(model, base=base, revision=revision, dtype=dtype, device=device)
@@ -99,13 +99,6 @@ def traits(as_json: bool) -> None:
         click.echo(json.dumps(facts, sort_keys=True))
         return
     show_traits(found)
-
-
-def _neutral_rows() -> PromptSet:
-    from diffing.persona.traits import neutral_probes
-    from diffing.prompts import PromptSet
-
-    return PromptSet.from_messages([{"role": "user", "content": question}] for question in neutral_probes())
 
 
 persona.add_command(extract)

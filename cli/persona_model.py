@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 # torch is imported inside the functions: `--help` must not wait for it.
 if TYPE_CHECKING:
     from diffing.checkpoint import LoadedCheckpoint
+    from diffing.prompts import PromptSet
 
 POOLINGS = ("response_mean", "last_prompt", "prompt_mean")
 
@@ -49,6 +50,14 @@ def origin_of(loaded: LoadedCheckpoint, base: str | None) -> str | None:
     from diffing.checkpoint import identify_checkpoint
 
     return None if base is None or loaded.base is not None else identify_checkpoint(base).fingerprint
+
+
+def neutral_rows() -> PromptSet:
+    """The shipped neutral probe questions."""
+    from diffing.persona.traits import neutral_probes
+    from diffing.prompts import PromptSet
+
+    return PromptSet.from_messages([{"role": "user", "content": question}] for question in neutral_probes())
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.persona_model import POOLINGS, load_model, reading_bar
+from cli.persona_model import POOLINGS, load_model, neutral_rows, origin_of, reading_bar
 
 if TYPE_CHECKING:
     from diffing.persona import PairedShift, PersonaVector, Projection
@@ -48,15 +48,12 @@ def shift(
     TUNED may be adapter folders on BASE or whole checkpoints. The 95 % interval is over prompts, of the differences.
     """
     from diffing.persona import PersonaVector
-    from diffing.persona.traits import neutral_probes
     from diffing.prompts import PromptSet
 
     axes = [PersonaVector.load(path) for path in vectors]
+    rows = PromptSet.from_file(prompts) if prompts else neutral_rows()
     if prompts is None:
         pooling = pooling or "last_prompt"
-        rows = PromptSet.from_messages([{"role": "user", "content": question}] for question in neutral_probes())
-    else:
-        rows = PromptSet.from_file(prompts)
     settings: dict[str, Any] = {
         "pooling": pooling, "unit": unit, "max_length": max_length, "batch_tokens": batch_tokens,
     }  # fmt: skip
@@ -80,11 +77,10 @@ def _read(
     *,
     quiet: bool,
 ) -> list[Projection]:
-    from diffing.checkpoint import identify_checkpoint
     from diffing.persona import project
 
     loaded = load_model(model, base=base, revision=None, **where)
-    origin = None if base is None or loaded.base is not None else identify_checkpoint(base).fingerprint
+    origin = origin_of(loaded, base)
     with reading_bar(f"Reading {model}", quiet=quiet) as progress:
         return [project(loaded, rows, axis, derived_from=origin, progress=progress, **settings) for axis in axes]
 

@@ -138,13 +138,14 @@ def rows_that_pushed(
         PathMissingError: the run recorded no pushes.
         InputError: none were recorded for this signal, or none towards it.
     """
-    query = str(alert.evidence.get("pushed_query") or "/".join(alert.signal.split("/")[1:2]) or alert.signal)
+    _, _, below = alert.signal.partition("/")
+    query = str(alert.evidence.get("pushed_query") or below.split("/")[0] or alert.signal)
     most = max(1, math.floor(share * len(rows)))
     found = live_attribution(run_dir, query, since=since, until=alert.step, rows=rows, keep=len(rows))
     total = sum(row.score for row in found.rows if row.score > 0)
     places: dict[ExampleId, list[int]] = {}
     for place, row in enumerate(rows):
-        places.setdefault(next(iter(row_names([row]).values())), []).append(place)
+        places.setdefault(_name_of(row), []).append(place)
     flagged: list[int] = []
     made = 0.0
     for ranked in found.rows:
@@ -173,8 +174,7 @@ def _prepare(
         if "drop" in actions:
             rows = _token_rows(dataset)
             flagged = rows_that_pushed(run_dir, alert, rows, since=1, push=limits[0], share=limits[1])
-            names = [next(iter(row_names([rows[place]]).values())) for place in flagged]
-            dropped = tuple(names)
+            dropped = tuple(_name_of(rows[place]) for place in flagged)
             trainer.train_dataset = dataset = _without(dataset, flagged)
         facts: dict[str, Any] = {"alert": alert.id, "from_step": alert.step, "to_step": clean.step}
         _record(journal, clean.step, ROLLBACK, facts, alert)
@@ -200,6 +200,10 @@ def _tracker_of(trainer: Trainer) -> CheckpointTracker:
             f"Expected one CheckpointTracker among the Trainer's callbacks, got {len(found)}. Pass callbacks=[tracker]."
         )
     return found[0]
+
+
+def _name_of(row: Row) -> ExampleId:
+    return next(iter(row_names([row]).values()))
 
 
 def _token_rows(dataset: Any) -> list[Row]:

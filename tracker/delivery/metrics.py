@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffing.errors import InputError
 from tracker.alert_life import incidents
+from tracker.delivery.follower import Follower
 from tracker.journal import Journal, JournalError
 from tracker.sinks import RunInfo
 
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 _NAME = "prometheus"
 
 
-class PrometheusSink:
+class PrometheusSink(Follower):
     """Keeps Prometheus metrics of the run up to date: newest value of every signal, alerts by state, failures, step.
 
     `palimpsest_last_record_timestamp_seconds` is when something was last recorded: a rule on its age, on Prometheus'
@@ -38,38 +38,14 @@ class PrometheusSink:
     def __init__(self, path: Path | str | None = None, port: int | None = None) -> None:
         if importlib.util.find_spec("prometheus_client") is None:
             raise InputError("Expected prometheus_client, it is not installed. pip install 'palimpsest[alerts]'.")
+        super().__init__()
         self.path = None if path is None else Path(path)
         self.port = port
-        self._run: RunInfo | None = None
-        self._thread: threading.Thread | None = None
-        self._news, self._closing = threading.Event(), threading.Event()
 
     def __deepcopy__(self, memo: Mapping[int, Any]) -> PrometheusSink:
         return PrometheusSink(self.path, self.port)
 
-    def start(self, run: RunInfo) -> None:
-        """Training is about to begin."""
-        self._run = run
-        self._news.set()
-        self._closing.clear()
-        self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
-        self._thread.start()
-
-    def wake(self, step: int) -> None:
-        """The journal holds something new."""
-        self._news.set()
-
-    def close(self, timeout: float) -> None:
-        """Writes the last state."""
-        self._closing.set()
-        self._news.set()
-        if self._thread is not None:
-            self._thread.join(timeout)
-        self._thread = None
-
-    def _work(self) -> None:
-        run = self._run
-        assert run is not None
+    def _work(self, run: RunInfo) -> None:
         server: Any = None
         path = self.path or run.run_dir / "metrics.prom"
         try:

@@ -7,13 +7,13 @@ outbox and is sent when the receiver is back, by a later attempt at the run, or 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tracker.alert_life import RESOLVED, is_muted, mark_of, rule_name
+from tracker.delivery.follower import Follower
 from tracker.delivery.message import Message, firing, resolved
 from tracker.delivery.receivers import Outcome, Receiver
 from tracker.events import AlertChanged
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 _KEPT = 500  # ids that are remembered as told
 
 
-class DeliverySink:
+class DeliverySink(Follower):
     """Tells one receiver of the alerts that concern it; a sink like any other.
 
     An alert is told once: not again after a resume, and not while its incident was told of and is still open. Muted
@@ -49,38 +49,16 @@ class DeliverySink:
         tries: int = 5,
         first_pause: float = 1.0,
     ) -> None:
+        super().__init__()
         self.receiver = receiver
         self.rules = rules
         self.name = f"deliver:{receiver.name}"
         self._timeout, self._tries, self._first_pause = timeout, tries, first_pause
-        self._run: RunInfo | None = None
-        self._thread: threading.Thread | None = None
-        self._news, self._closing = threading.Event(), threading.Event()
 
     def __deepcopy__(self, memo: Mapping[int, Any]) -> DeliverySink:
         return DeliverySink(
             self.receiver, self.rules, timeout=self._timeout, tries=self._tries, first_pause=self._first_pause
         )
-
-    def start(self, run: RunInfo) -> None:
-        """Training is about to begin; what an earlier attempt could not send is sent now."""
-        self._run = run
-        self._news.set()
-        self._closing.clear()
-        self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
-        self._thread.start()
-
-    def wake(self, step: int) -> None:
-        """The journal holds something new."""
-        self._news.set()
-
-    def close(self, timeout: float) -> None:
-        """Sends what is left, for at most so many seconds."""
-        self._closing.set()
-        self._news.set()
-        if self._thread is not None:
-            self._thread.join(timeout)
-        self._thread = None
 
     def drain(self, run_dir: Path, name: str = "") -> Drained:
         """Sends what is pending, each message tried once; for use after the run.
@@ -92,9 +70,7 @@ class DeliverySink:
         with Journal.attach(run_dir) as journal:
             return _Outbox(journal, self, name or run_dir.resolve().name).drain()
 
-    def _work(self) -> None:
-        run = self._run
-        assert run is not None
+    def _work(self, run: RunInfo) -> None:
         try:
             with Journal.attach(run.run_dir) as journal:
                 self._serve(_Outbox(journal, self, run.name or run.run_dir.name), journal)
