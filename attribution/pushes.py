@@ -20,7 +20,7 @@ from attribution.example import IGNORED, ExampleBatch, ExampleId, Row, check_row
 from attribution.gradients import find_blocks, record_rows
 from attribution.losses import evaluating, row_losses
 from attribution.passes import row_batches
-from attribution.queries import Query
+from attribution.queries import Query, value_and_gradient
 from attribution.recording import RecordedGradients
 from diffing.errors import InputError
 
@@ -115,7 +115,7 @@ def measure_pushes(
     if not blocks:
         raise InputError("Expected trainable linear maps, got none. Unfreeze some, or pass embeddings=True.")
     with evaluating(model):
-        taken = [_query_gradients(model, blocks, query) for query in queries]
+        taken = [value_and_gradient(model, blocks, query) for query in queries]
         wanted = [torch.stack([gradients[at] for _, gradients in taken]) for at in range(len(blocks))]
         first = _Sums(len(queries), len(rows), blocks)
         passes = 2 if centre else 1
@@ -242,24 +242,3 @@ def _is_linear(block: Block) -> bool:
     embeds = any(isinstance(module, nn.Embedding) for module in block.modules)
     heads = block.name.endswith(("lm_head.weight", "embed_out.weight"))
     return block.kind in ("weight", "rerun") and len(block.shape) == 2 and not embeds and not heads
-
-
-def _query_gradients(model: nn.Module, blocks: Sequence[Block], query: Query) -> tuple[float, list[Tensor]]:
-    wanted = {id(block.parameter): block.parameter for block in blocks}
-    value = query.value(model)
-    if not torch.isfinite(value.detach()):
-        raise InputError(f"Expected a finite value of '{query.name}'; got {value.item()}. Check its inputs.")
-    found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
-    if all(gradient is None for gradient in found):
-        raise InputError(
-            f"Expected '{query.name}' to depend on trainable parameters; it depends on none. "
-            "Read a site above the first trained layer."
-        )
-    whole = dict(zip(wanted, found, strict=True))
-    parts = []
-    for block in blocks:
-        gradient = whole[id(block.parameter)]
-        dtype = accumulation_dtype(block)
-        empty = torch.zeros(block.shape, dtype=dtype, device=block.parameter.device)
-        parts.append(empty if gradient is None else block.part(gradient.detach()).to(dtype))
-    return float(value.detach()), parts

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from attribution.blocks import Block, accumulation_dtype
 from attribution.example import Row, batches, check_rows, context_length
 from attribution.losses import row_losses
 from attribution.passes import device_of
@@ -239,3 +240,29 @@ def _check_direction(direction: Tensor, activations: Tensor, name: str) -> None:
             f"Expected a finite direction of width {width} for '{name}', not all zero; got width "
             f"{direction.shape[-1]}. Fit it on this model and site."
         )
+
+
+def value_and_gradient(model: nn.Module, blocks: Sequence[Block], query: Query) -> tuple[float, list[Tensor]]:
+    """A query's value and its gradient, block by block, in the precision that sums are taken in.
+
+    Raises:
+        InputError: the value is not finite, or depends on nothing that is trained.
+    """
+    wanted = {id(block.parameter): block.parameter for block in blocks}
+    value = query.value(model)
+    if not torch.isfinite(value.detach()).all():
+        raise InputError(f"Expected a finite value of query '{query.name}'; got {value.item()}. Check its inputs.")
+    found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
+    if all(gradient is None for gradient in found):
+        raise InputError(
+            f"Expected query '{query.name}' to depend on trainable parameters; it depends on none. "
+            "Read a site above the first trained layer, or unfreeze what was trained."
+        )
+    whole = dict(zip(wanted, found, strict=True))
+    return float(value.detach()), [_part(block, whole[id(block.parameter)]) for block in blocks]
+
+
+def _part(block: Block, gradient: Tensor | None) -> Tensor:
+    if gradient is None:
+        return torch.zeros(block.shape, dtype=accumulation_dtype(block), device=block.parameter.device)
+    return block.part(gradient.detach()).to(accumulation_dtype(block))

@@ -16,15 +16,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from attribution.blocks import Block, Coverage, accumulation_dtype, coverage_of
+from attribution.blocks import Block, Coverage, coverage_of
 from attribution.curvature import Curvature
 from attribution.example import ExampleId, Row, check_rows, context_length, example_id
 from attribution.gradients import find_blocks
 from attribution.losses import evaluating
 from attribution.low_rank import compress
-from attribution.queries import Query
+from attribution.queries import Query, value_and_gradient
 from attribution.rotation import RowGradients
 from attribution.scoring import RotatedQueries, bases_of, divide, rotate_query_rows, score_rows, stream_scores
 from attribution.token_scores import TokenScores, score_tokens
@@ -169,7 +169,7 @@ def prepare_queries(
     chosen, coverage = _chosen(model, blocks)
     bases = bases_of(curvature, chosen)
     with evaluating(model):
-        gradients = [_query_gradient(model, chosen, query) for query in queries]
+        gradients = [value_and_gradient(model, chosen, query)[1] for query in queries]
     # Descent on a row moves along minus its loss gradient, so the value rises by minus the inner product.
     parts = tuple(
         (RowGradients(block.shape, len(queries), whole=-basis.rotate(torch.stack([one[index] for one in gradients]))),)
@@ -228,24 +228,3 @@ def _low_rank(scorer: Scorer, rank: int | None) -> Scorer:
         parts.append(tuple(compressed))
     kept = float((1 - lost / whole.clamp(min=1e-300)).min())
     return replace(scorer, queries=replace(scorer.queries, parts=tuple(parts), divided=True), kept=kept)
-
-
-def _query_gradient(model: nn.Module, blocks: Sequence[Block], query: Query) -> list[Tensor]:
-    wanted = {id(block.parameter): block.parameter for block in blocks}
-    value = query.value(model)
-    if not torch.isfinite(value.detach()).all():
-        raise InputError(f"Expected a finite value of query '{query.name}'; got {value.item()}. Check its inputs.")
-    found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
-    if all(gradient is None for gradient in found):
-        raise InputError(
-            f"Expected query '{query.name}' to depend on trainable parameters; it depends on none. "
-            "Read a site above the first trained layer, or unfreeze what was trained."
-        )
-    whole = dict(zip(wanted, found, strict=True))
-    return [_part(block, whole[id(block.parameter)]) for block in blocks]
-
-
-def _part(block: Block, gradient: Tensor | None) -> Tensor:
-    if gradient is None:
-        return torch.zeros(block.shape, dtype=accumulation_dtype(block), device=block.parameter.device)
-    return block.part(gradient.detach()).to(accumulation_dtype(block))

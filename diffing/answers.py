@@ -237,7 +237,7 @@ def score_answers(
             batches.append([])
         batches[-1].append(number)
     for numbers in followed(batches, f"Scoring by {loaded.name}", shown=progress):
-        batch = _right_padded([whole[number] for number in numbers], tokenized.pad_id, device)
+        batch = TokenBatch.of_rows([whole[number] for number in numbers], tokenized.pad_id, device)
         with around(_choosing(batch, [len(tokenized.input_ids[number]) for number in numbers])) if around else _NONE:
             hidden = side.hidden(batch)
         for row, number in enumerate(numbers):
@@ -300,14 +300,3 @@ def _choosing(batch: TokenBatch, starts: Sequence[int]) -> Tensor:
     """The tokens of whole rows on which their answers' tokens are chosen, `[prompt, token]`."""
     position = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
     return (position >= torch.tensor(starts, device=position.device)[:, None] - 1) & batch.mask
-
-
-def _right_padded(rows: Sequence[np.ndarray], pad: int, device: torch.device) -> TokenBatch:
-    lengths = tuple(len(row) for row in rows)
-    ids = np.full((len(rows), max(lengths)), pad, np.int64)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = row
-    mask = torch.from_numpy((np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64))
-    tokens = torch.from_numpy(ids)
-    roles = torch.zeros_like(tokens, dtype=torch.uint8)
-    return TokenBatch(tokens.to(device), mask.to(device), roles.to(device), tuple(range(len(rows))), lengths)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
@@ -63,6 +64,18 @@ class TokenBatch:
     roles: UInt8[Tensor, "prompt token"]
     prompt_index: tuple[int, ...]
     lengths: tuple[int, ...]
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Int[np.ndarray, " _"]], pad_id: int, device: torch.device) -> TokenBatch:
+        """Token ids of one length each as a batch, numbered in this order; nobody's roles are told."""
+        lengths = tuple(len(row) for row in rows)
+        ids = np.full((len(rows), max(lengths)), pad_id, np.int64)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = row
+        mask = torch.from_numpy((np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64))
+        tokens = torch.from_numpy(ids)
+        roles = torch.zeros_like(tokens, dtype=torch.uint8)
+        return cls(tokens.to(device), mask.to(device), roles.to(device), tuple(range(len(rows))), lengths)
 
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments for `model(**batch.inputs())`."""

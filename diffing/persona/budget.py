@@ -203,7 +203,7 @@ class _Cost:
             groups[-1].append(number)
         device = next(loaded.model.parameters()).device
         pad = loaded.tokenizer.pad_token_id or 0
-        batches = tuple((tuple(one), _right_padded([texts[n][0] for n in one], pad, device)) for one in groups)
+        batches = tuple((tuple(one), TokenBatch.of_rows([texts[n][0] for n in one], pad, device)) for one in groups)
         counts = np.array([len(ids) - start for ids, start in texts])
         return cls(loaded, steering, batches, tuple(start for _, start in texts), counts, sign)
 
@@ -248,17 +248,6 @@ def _divergence(
         logits = [side.logits(part[at : at + step]) for part in (steered, plain)]
         total += float(divergence_of(logits[0], logits[1]).double().sum())
     return total
-
-
-def _right_padded(rows: Sequence[Int[np.ndarray, " _"]], pad: int, device: torch.device) -> TokenBatch:
-    lengths = tuple(len(row) for row in rows)
-    ids = np.full((len(rows), max(lengths)), pad, np.int64)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = row
-    mask = torch.from_numpy((np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64))
-    tokens = torch.from_numpy(ids)
-    roles = torch.zeros_like(tokens, dtype=torch.uint8)
-    return TokenBatch(tokens.to(device), mask.to(device), roles.to(device), tuple(range(len(rows))), lengths)
 
 
 def _conclude(

@@ -103,7 +103,7 @@ class RunSeries:
         """Reads what `to_json` wrote."""
         series = {
             name: tuple(
-                DriftSignal(name, _float(point), step, kept["unit"], _ends(low), _ends(high), n, kept["reference"])
+                DriftSignal(name, float(point), step, kept["unit"], _ends(low), _ends(high), n, kept["reference"])
                 for step, point, low, high, n in kept["points"]
             )
             for name, kept in value["series"].items()
@@ -138,10 +138,6 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 def _number(value: float | None) -> float | str | None:
     # Strict JSON has no word for what is not finite.
     return value if value is None or math.isfinite(value) else str(value)
-
-
-def _float(value: float | str) -> float:
-    return float(value)
 
 
 def _ends(value: float | str | None) -> float | None:
