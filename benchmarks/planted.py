@@ -1,6 +1,6 @@
 """How much of a planted difference does the crosscoder find, how much does it invent, and does it know which?
 
-Held-out seeds: none of them was looked at while thresholds were chosen.
+Held-out seeds: none of them was looked at while thresholds were chosen. `benchmarks.planted_record` keeps the scores.
 """
 
 from __future__ import annotations
@@ -12,21 +12,15 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.figure import Figure
-from benchmarks.planted_score import Score, score
-from benchmarks.planted_world import make_world, pair_of
-from diffing import CrosscoderConfig, compare, fit_crosscoder
-from diffing.crosscoder.null import calibrate_null
+from benchmarks.planted_record import SEEDS, WORLDS, kept_score
+from benchmarks.planted_score import Score
 from diffing.interval import Share
-
-SEEDS = (101, 102, 103, 104, 105)
-WORLDS = ("std", "hard", "null", "faint", "noisy", "rare")
-N_TOKENS, N_HELD_OUT = 200_000, 50_000
 
 
 def run() -> list[Figure]:
     """Six worlds, five seeds each, 512 latents, 1,500 steps of 512 tokens, k = true L0, one null fit."""
     torch.set_num_threads(1)
-    scores = {name: [measure(name, seed) for seed in SEEDS] for name in WORLDS}
+    scores = {name: [kept_score(name, seed) for seed in SEEDS] for name in WORLDS}
     figures = []
     for name in WORLDS:
         if name != "null":
@@ -34,19 +28,6 @@ def run() -> list[Figure]:
     invented = [float(found.n_exclusive) for found in scores["null"]]
     figures.append(_figure("exclusive calls, null", invented, "<= 2", most=True))
     return [*figures, *_discoveries(scores)]
-
-
-def measure(name: str, seed: int) -> Score:
-    """One fit in one world and its null, scored on tokens it has not seen."""
-    world = make_world(name, seed=seed)
-    *_, codes = world.sample(N_TOKENS)
-    true_l0 = float((codes.amax(dim=0) > 0).sum(dim=1).float().mean())
-    del codes
-    config = CrosscoderConfig(n_latents=512, k=round(true_l0), steps=1500, batch_size=512, seed=0)
-    paired = pair_of(world, N_TOKENS)
-    fit = fit_crosscoder(paired, config)
-    null = calibrate_null(paired, config, fit=fit)
-    return score(world, fit, compare(fit, pair_of(world, N_HELD_OUT, seed=1), null=null))
 
 
 def _quality(name: str, scores: list[Score]) -> list[Figure]:
