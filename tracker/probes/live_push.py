@@ -31,7 +31,7 @@ _OFTEN = Schedule.parse("every 10")
 # Gradients and second moments turn fast while a run is young.
 _REFRESH = Schedule.parse("at 1 2 4 8 16 32 64 128, every 200")
 _LEAST_COSINE = 0.98
-ROWS_IN_ALERT = 10
+ROWS_IN_ALERT = 20
 STEPS_IN_ALERT = 200
 
 
