@@ -24,6 +24,7 @@ BENCHMARKS = (
     "store",
     "crosscoder",
     "planted",
+    "sparsity",
     "attribution",
     "quantised",
     "timeline",
