@@ -11,10 +11,10 @@ class Figure:
 
     Attributes:
         name: what was measured.
-        value: median over repeats, in `unit`.
+        value: median over repeats unless the note names another, in `unit`.
         unit: `ratio`, `%`, `MiB`, `tokens/CPU-s`, …
-        low: smallest repeat.
-        high: largest repeat.
+        low: smallest repeat, or the lower end of the interval that the note names.
+        high: largest repeat, likewise.
         n: repeats.
         target: what must hold, in words (`<= 2`), or empty where the figure only informs.
         met: whether it held; None where there is no target.

@@ -11,6 +11,7 @@ import torch
 from benchmarks import kept_scores, source_digest
 from benchmarks.kept_scores import KeptScores
 from benchmarks.planted_score import Score
+from benchmarks.quantised import _change
 from benchmarks.quantised_record import neighbours_of
 
 
@@ -63,3 +64,16 @@ def test_neighbours_differ_from_every_number_by_one_step(tmp_path):
     assert (moved != x).all()
     assert ((moved > x).float().mean() - 0.5).abs() < 0.15
     assert torch.equal(torch.nextafter(moved, x), x)
+
+
+def test_the_cost_of_packing_is_the_mean_of_differences_within_a_seed_with_its_interval():
+    def scores(exact: float, packed: float) -> dict[str, Score]:
+        values = {field.name: 0 for field in fields(Score)}
+        return {"float32": Score(**{**values, "macro_f1": exact}), "int8": Score(**{**values, "macro_f1": packed})}
+
+    seeds = [scores(0.9, 0.9), scores(0.95, 0.93), scores(0.8, 0.81)]
+    figure = _change("F1", seeds, "int8", lambda one: one.macro_f1, 0.01)
+    assert figure.value == pytest.approx(-0.01 / 3)
+    # Standard error of 0, −.02, .01 is .00882; Student's 97.5 % point with two degrees of freedom is 4.303.
+    assert figure.high - figure.low == pytest.approx(2 * 4.303 * 0.008819, rel=1e-3)
+    assert figure.met and not _change("F1", seeds, "int8", lambda one: one.macro_f1, 0.001).met
