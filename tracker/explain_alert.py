@@ -6,7 +6,7 @@ still an alert.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from diffing.tap import Tap
 from tracker.explain import explain_question, saved_checkpoints
 from tracker.explanation import Explanation, PushedRows, Reading, SpecificityAt
 from tracker.journal import Journal
+from tracker.leading_persona import leading_persona
 from tracker.live_cause import live_attribution
 from tracker.probes.axes import group_axes
 from tracker.probes.live_push import STEPS_IN_ALERT
@@ -116,21 +117,6 @@ def explain_alert(run_dir: Path | str, alert_id: str, means: Means | None = None
     )
     found.save(run_dir)
     return found
-
-
-def leading_persona(alert: Alert, signals: Sequence[DriftSignal]) -> str:
-    """`persona/<trait>/<place>` that an alert is about; of an alert on anything else the one that had moved furthest.
-
-    Empty where no persona was measured by then.
-    """
-    if alert.signal.startswith("persona/"):
-        return alert.signal.rpartition("/")[0]
-    latest = {
-        one.name: one.value
-        for one in signals
-        if one.step <= alert.step and one.name.startswith("persona/") and one.name.endswith("/prompt")
-    }
-    return max(latest, key=lambda name: latest[name]).rpartition("/")[0] if latest else ""
 
 
 def _reading(signal: DriftSignal) -> Reading:

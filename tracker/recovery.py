@@ -11,7 +11,6 @@ journal and on the report as an intervention.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +20,14 @@ from torch.utils.data import Dataset, Subset
 from transformers import Trainer
 
 from attribution.example import ExampleId, Row
-from attribution.live_rows import row_names
 from diffing.errors import InputError
 from tracker.callback import CheckpointTracker
 from tracker.checkpoint_folder import why_incomplete
 from tracker.decision import WantedRecovery
 from tracker.events import CheckpointSaved, InterventionChanged
+from tracker.flagged_rows import FlaggedRows, flag_rows
 from tracker.journal import Journal
-from tracker.live_cause import live_attribution
+from tracker.leading_persona import leading_persona
 from tracker.signals import Alert
 
 ROLLBACK, DROPPED = "rollback", "rows dropped"
@@ -60,7 +59,6 @@ def train_with_recovery(
     trainer: Trainer,
     *,
     most: int = 1,
-    drop_push: float = 0.95,
     drop_share: float = 0.5,
     resume_from_checkpoint: str | Path | None = None,
 ) -> tuple[Recovered, ...]:
@@ -68,15 +66,13 @@ def train_with_recovery(
 
     A clean checkpoint is the newest complete one before the first step above the alert's threshold; the Trainer must
     save some (`save_steps`). Optimizer, schedule, RNG and data position are those of that checkpoint. Rows to drop are
-    those that pushed most up to the alert, by the pushes that every training step recorded (`pushes=True`): what had
-    not yet pushed by then is not known and stays, which is why several recoveries may be allowed.
+    those that `flag_rows` calls out up to the alert, by the pushes that every training step recorded (`pushes=True`):
+    what had not been met by then is not known and stays, which is why several recoveries may be allowed.
 
     Args:
         trainer: with a `CheckpointTracker` among its callbacks.
         most: recoveries; an alert after the last of them stops the training.
-        drop_push: rows are dropped, strongest first, until those dropped made this share of all push towards the
-            trait, 0..1.
-        drop_share: share of all rows that is dropped at most, 0..1.
+        drop_share: share of all rows that is dropped at most, strongest first, 0..1.
         resume_from_checkpoint: where to begin, as for `Trainer.train`.
 
     Returns:
@@ -86,10 +82,9 @@ def train_with_recovery(
         InputError: the Trainer has no tracker, or there is no clean checkpoint or no push to act on. What was trained
             until then is intact.
     """
-    if not (0 < drop_share < 1 and 0 < drop_push <= 1) or most < 0:
+    if not 0 < drop_share < 1 or most < 0:
         raise InputError(
-            f"Expected drop_push and drop_share between 0 and 1 and most of 0 or more, got {drop_push}, {drop_share} "
-            f"and {most}. Mend what is off."
+            f"Expected drop_share between 0 and 1 and most of 0 or more, got {drop_share} and {most}. Mend what is off."
         )
     callback = _tracker_of(trainer)
     made: list[Recovered] = []
@@ -99,7 +94,7 @@ def train_with_recovery(
         wanted = callback.tracker.wanted_recovery
         if wanted is None or len(made) == most:
             return tuple(made)
-        recovered = _prepare(trainer, callback, wanted, (drop_push, drop_share))
+        recovered = _prepare(trainer, callback, wanted, drop_share)
         made.append(recovered)
         _log.warning("Going on from step %d after %s.", recovered.step, recovered.alert.id)
         start = str(recovered.checkpoint)
@@ -121,50 +116,36 @@ def clean_checkpoint(journal: Journal, alert: Alert) -> CheckpointSaved:
     )
 
 
-def rows_that_pushed(
-    run_dir: Path | str, alert: Alert, rows: Sequence[Row], *, since: int, push: float = 1.0, share: float = 1.0
-) -> tuple[int, ...]:
-    """Positions of the rows that pushed towards an alert's signal most, strongest first.
+def flagged_until(
+    run_dir: Path | str, alert: Alert, rows: Sequence[Row], *, until: int | None = None, share: float = 1.0
+) -> FlaggedRows:
+    """The rows that pushed what an alert is about, from the run's first step on.
 
     Args:
         run_dir: of a run that was tracked with `pushes=True`.
-        alert: what was raised.
+        alert: what was raised; of one on the misalignment score or on canaries, the leading persona counts.
         rows: tokenised, as trained on.
-        since: first step whose pushes count.
-        push: share of all push towards the signal, 0..1, that the rows together made; no more rows than that takes.
+        until: last step that counts; None for the alert's own. Later steps tell more, where the training went on.
         share: of all rows, 0..1: at most so many.
 
     Raises:
         PathMissingError: the run recorded no pushes.
-        InputError: none were recorded for this signal, or none towards it.
+        InputError: none were recorded for what the alert is about, or none towards it.
     """
-    _, _, below = alert.signal.partition("/")
-    query = str(alert.evidence.get("pushed_query") or below.split("/")[0] or alert.signal)
-    most = max(1, math.floor(share * len(rows)))
-    found = live_attribution(run_dir, query, since=since, until=alert.step, rows=rows, keep=len(rows))
-    total = sum(row.score for row in found.rows if row.score > 0)
-    places: dict[ExampleId, list[int]] = {}
-    for place, row in enumerate(rows):
-        places.setdefault(_name_of(row), []).append(place)
-    flagged: list[int] = []
-    made = 0.0
-    for ranked in found.rows:
-        if ranked.score <= 0 or made >= push * total or len(flagged) >= most:
-            break
-        made += ranked.score
-        # Rows that read the same are one record, and all of them go.
-        flagged += places.get(ranked.example_id, [])
-    if not flagged:
+    query = alert.evidence.get("pushed_query")
+    if not query:
+        with Journal.read(run_dir) as journal:
+            query = leading_persona(alert, journal.signals())
+    if not query:
         raise InputError(
-            f"Expected rows that pushed {alert.signal} between steps {since} and {alert.step}, found none. "
-            "Track with pushes=True, and watch this trait."
+            f"Expected an alert on a persona, or a run that watches one, got {alert.id} without. Watch a persona."
         )
-    return tuple(dict.fromkeys(flagged[:most]))
+    # A trait is watched at its best place; the alert may speak of another one.
+    trait = str(query).split("/")[1]
+    return flag_rows(run_dir, trait, rows, until=alert.step if until is None else until, share=share)
 
 
-def _prepare(
-    trainer: Trainer, callback: CheckpointTracker, wanted: WantedRecovery, limits: tuple[float, float]
-) -> Recovered:
+def _prepare(trainer: Trainer, callback: CheckpointTracker, wanted: WantedRecovery, share: float) -> Recovered:
     alert, actions = wanted.alert, wanted.actions
     run_dir = callback.tracker.output_dir
     with Journal.attach(run_dir) as journal:
@@ -173,9 +154,9 @@ def _prepare(
         dataset: Any = trainer.train_dataset
         if "drop" in actions:
             rows = _token_rows(dataset)
-            flagged = rows_that_pushed(run_dir, alert, rows, since=1, push=limits[0], share=limits[1])
-            dropped = tuple(_name_of(rows[place]) for place in flagged)
-            trainer.train_dataset = dataset = _without(dataset, flagged)
+            flagged = flagged_until(run_dir, alert, rows, share=share)
+            dropped = flagged.names
+            trainer.train_dataset = dataset = _without(dataset, flagged.places)
         facts: dict[str, Any] = {"alert": alert.id, "from_step": alert.step, "to_step": clean.step}
         _record(journal, clean.step, ROLLBACK, facts, alert)
         if dropped:
@@ -200,10 +181,6 @@ def _tracker_of(trainer: Trainer) -> CheckpointTracker:
             f"Expected one CheckpointTracker among the Trainer's callbacks, got {len(found)}. Pass callbacks=[tracker]."
         )
     return found[0]
-
-
-def _name_of(row: Row) -> ExampleId:
-    return next(iter(row_names([row]).values()))
 
 
 def _token_rows(dataset: Any) -> list[Row]:

@@ -25,9 +25,10 @@ from tests.tracker.training import (
     quick_settings,
 )
 from tracker import CheckpointTracker
-from tracker.explain_alert import Means, explain_alert, leading_persona
+from tracker.explain_alert import Means, explain_alert
 from tracker.explanation import Explanation, PushedRows, explanation_path
 from tracker.journal import Journal
+from tracker.leading_persona import leading_persona
 from tracker.report.explanation_page import render_explanation_page
 from tracker.signals import Alert, DriftSignal
 from tracker.training_rows import TrainingText

@@ -14,9 +14,8 @@ from tests.tracker.training import PERSONAS, Rows, make_trainer, model_to_train,
 from tracker.callback import CheckpointTracker
 from tracker.interventions import intervention_spans
 from tracker.journal import Journal
-from tracker.live_cause import live_attribution
 from tracker.preventive import PreventiveSteering
-from tracker.recovery import clean_checkpoint, rows_that_pushed, train_with_recovery
+from tracker.recovery import clean_checkpoint, flagged_until, train_with_recovery
 from tracker.rules import Rule, RuleSet
 from tracker.signals import Alert
 
@@ -106,15 +105,21 @@ def test_rows_that_pushed_are_left_out_from_there_on(run) -> None:
     assert [span.name for span in intervention_spans(callback.tracker.output_dir)] == ["rollback", "rows dropped"]
 
 
-def test_the_rows_dropped_are_those_with_the_largest_recorded_pushes(run) -> None:
+def test_the_rows_dropped_are_the_run_s_own_record_up_to_the_alert(run) -> None:
     trainer, callback, _ = run(pushes=True)
     trainer.train()
     rows = [Rows()[place] for place in range(24)]
-    ranked = live_attribution(callback.tracker.output_dir, "villain", since=2, until=6, keep=24).rows
-    first = next(row.example_id for row in ranked if row.score > 0)
-    (place,) = rows_that_pushed(callback.tracker.output_dir, alert_at(6, 5), rows, since=2, share=0.05)
-    names = row_names([rows[place]])
-    assert first in {*names, *names.values()}
+    found = flagged_until(callback.tracker.output_dir, alert_at(6, 5), rows)
+    assert (found.since, found.until) == (1, 6) and 1 <= len(found.places) < 24
+    whole = flagged_until(callback.tracker.output_dir, alert_at(6, 5), rows, until=8)
+    assert whole.until == 8 and whole.n_met >= found.n_met
+
+
+def test_an_alert_on_no_persona_drops_the_rows_of_the_one_that_moved_furthest(run) -> None:
+    trainer, callback, _ = run(pushes=True)
+    fire_at(callback, 6, ("rollback", "drop"), signal="misalignment/canary")
+    (recovered,) = train_with_recovery(trainer)
+    assert recovered.dropped
 
 
 def test_steering_is_switched_on_when_an_alert_asks_and_stays_on_after_the_rollback(run) -> None:
