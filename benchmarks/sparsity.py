@@ -9,12 +9,11 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.figure import Figure
-from benchmarks.planted_record import SEEDS
-from benchmarks.sparsity_record import KINDS, WORLDS, kept_score
+from benchmarks.sparsity_record import KINDS, SEEDS, WORLDS, kept_score
 
 
 def run() -> list[Figure]:
-    """Three worlds, five seeds each, 512 latents, 1,500 steps of 512 tokens, brought to the true L0."""
+    """Three worlds, three seeds each, 512 latents, 1,500 steps of 512 tokens, brought to the true L0."""
     torch.set_num_threads(1)
     logging.getLogger("diffing.crosscoder.fit").setLevel(logging.ERROR)
     return [figure for kind in KINDS for figure in _figures(kind)]
