@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from attribution.example import ExampleId, Row, example_id
+from attribution.example import ExampleId, Row
 from attribution.live_rows import row_names
 from diffing.errors import InputError
 from tracker.push_journal import PushJournal, Visits
@@ -27,32 +27,38 @@ class FlaggedRows:
     """Rows that pushed a trait as the strong half of two groups, strongest first.
 
     Attributes:
+        trait: what they pushed.
         places: positions in the dataset; rows that read the same are all there.
         names: likewise.
-        pushes: one a row: mean over its visits of its push in units of the usual upward push of those steps.
+        pushes: of those that were met: mean over a row's visits of its push in units of what is usual in those steps.
         threshold: what a push must exceed.
         told_apart: share of the variance of the pushes' roots that lies between the two groups, 0 to 1: near 1 where
             there are two clear kinds of rows, about two thirds where there is one.
-        n_met: rows of the dataset that the window met.
+        met: positions of the rows that the window met.
         n_rows: rows of the dataset.
         since: first step of the window.
         until: last one.
     """
 
+    trait: str
     places: tuple[int, ...]
     names: tuple[ExampleId, ...]
     pushes: tuple[float, ...]
     threshold: float
     told_apart: float
-    n_met: int
+    met: tuple[int, ...]
     n_rows: int
     since: int
     until: int
 
+    def first(self, share: float) -> FlaggedRows:
+        """So many of them at most, strongest first: a share of all rows."""
+        most = max(1, math.floor(share * self.n_rows))
+        return replace(self, places=self.places[:most], names=self.names[:most], pushes=self.pushes[:most])
+
     def __repr__(self) -> str:
-        return (
-            f"FlaggedRows({len(self.places)} of {self.n_rows}, {self.n_met} met in steps {self.since} to {self.until})"
-        )
+        window = f"{len(self.met)} met in steps {self.since} to {self.until}"
+        return f"FlaggedRows({len(self.places)} of {self.n_rows}, {window})"
 
 
 def flag_rows(
@@ -94,12 +100,19 @@ def flag_rows(
     # Roots: rows that push spread more than rows that do not, and the split must not lie in the middle for that.
     root, told_apart = two_groups(np.sqrt(np.maximum(0.0, np.array(list(pushes.values())))))
     threshold = root**2
-    most = max(1, math.floor(share * len(rows)))
     order = sorted(pushes, key=lambda place: -pushes[place])
-    flagged = [place for place in order if pushes[place] > 0 and math.sqrt(pushes[place]) > root][:most]
-    names = tuple(example_id(rows[place]) for place in flagged)
+    flagged = [place for place in order if pushes[place] > 0 and math.sqrt(pushes[place]) > root]
+    names = tuple(name_of(rows[place]) for place in flagged)
     values = tuple(pushes[place] for place in flagged)
-    return FlaggedRows(tuple(flagged), names, values, threshold, told_apart, len(pushes), len(rows), since, stop)
+    trait = query.split("/")[1] if "/" in query else query
+    met = tuple(sorted(pushes))
+    whole = FlaggedRows(trait, tuple(flagged), names, values, threshold, told_apart, met, len(rows), since, stop)
+    return whole.first(share)
+
+
+def name_of(row: Row) -> ExampleId:
+    """What a row is called, also where its collator makes its labels."""
+    return next(iter(row_names([row]).values()))
 
 
 def two_groups(values: Float[np.ndarray, " row"]) -> tuple[float, float]:

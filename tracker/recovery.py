@@ -11,6 +11,7 @@ journal and on the report as an intervention.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,8 +29,11 @@ from tracker.events import CheckpointSaved, InterventionChanged
 from tracker.flagged_rows import FlaggedRows, flag_rows
 from tracker.journal import Journal
 from tracker.leading_persona import leading_persona
+from tracker.run_queries import persona_of, probe_inputs_of, projection_query
 from tracker.signals import Alert
+from tracker.unmet_rows import flag_unmet
 
+_CLEAN = 0.25  # of the way from a signal's start to its threshold
 ROLLBACK, DROPPED = "rollback", "rows dropped"
 _log = logging.getLogger(__name__)
 
@@ -60,19 +64,22 @@ def train_with_recovery(
     *,
     most: int = 1,
     drop_share: float = 0.5,
+    judge_unmet: bool = True,
     resume_from_checkpoint: str | Path | None = None,
 ) -> tuple[Recovered, ...]:
     """Trains to the end; where an alert's rule asks to go back, drop rows or steer, does that and goes on.
 
-    A clean checkpoint is the newest complete one before the first step above the alert's threshold; the Trainer must
-    save some (`save_steps`). Optimizer, schedule, RNG and data position are those of that checkpoint. Rows to drop are
-    those that `flag_rows` calls out up to the alert, by the pushes that every training step recorded (`pushes=True`):
-    what had not been met by then is not known and stays, which is why several recoveries may be allowed.
+    A clean checkpoint is the newest complete one at which the alert's signal had hardly left its start
+    (`clean_checkpoint`); the Trainer must save some (`save_steps`). Optimizer, schedule, RNG and data position are
+    those of that checkpoint. Rows to drop are those that `flag_rows` calls out up to the alert, by the pushes that
+    every training step recorded (`pushes=True`). What no step had met by then is judged by its gradient at the alert's
+    weights, at the cost of a pass over these rows.
 
     Args:
         trainer: with a `CheckpointTracker` among its callbacks.
         most: recoveries; an alert after the last of them stops the training.
         drop_share: share of all rows that is dropped at most, strongest first, 0..1.
+        judge_unmet: whether rows that no step had met may be dropped too.
         resume_from_checkpoint: where to begin, as for `Trainer.train`.
 
     Returns:
@@ -94,22 +101,30 @@ def train_with_recovery(
         wanted = callback.tracker.wanted_recovery
         if wanted is None or len(made) == most:
             return tuple(made)
-        recovered = _prepare(trainer, callback, wanted, drop_share)
+        recovered = _prepare(trainer, callback, wanted, drop_share, judge_unmet)
         made.append(recovered)
         _log.warning("Going on from step %d after %s.", recovered.step, recovered.alert.id)
         start = str(recovered.checkpoint)
 
 
 def clean_checkpoint(journal: Journal, alert: Alert) -> CheckpointSaved:
-    """The newest complete checkpoint before the alert's stretch began.
+    """The newest complete checkpoint at which the signal had gone a quarter of its way to the threshold at most.
+
+    Where there is none, the newest one before the alert's stretch began. A model half of the way there goes the rest
+    by itself: the optimizer's moments of the rows that are dropped are in the checkpoint too.
 
     Raises:
-        InputError: there is none.
+        InputError: no checkpoint was saved before the stretch.
     """
     saved = [event for event in journal.events() if isinstance(event, CheckpointSaved) and event.step < alert.since]
-    for event in sorted(saved, key=lambda one: -one.step):
-        if why_incomplete(event.path) is None:
+    whole = [event for event in sorted(saved, key=lambda one: -one.step) if why_incomplete(event.path) is None]
+    series = [one for one in journal.signals(alert.signal) if one.step < alert.since and math.isfinite(one.value)]
+    for event in whole:
+        before = [one.value for one in series if one.step <= event.step]
+        if not before or before[-1] <= before[0] + _CLEAN * (alert.threshold - before[0]):
             return event
+    if whole:
+        return whole[0]
     raise InputError(
         f"Expected a complete checkpoint before step {alert.since}, where {alert.id} begins, found none. "
         "Let the Trainer save earlier (save_steps) and keep them (save_total_limit)."
@@ -145,7 +160,9 @@ def flagged_until(
     return flag_rows(run_dir, trait, rows, until=alert.step if until is None else until, share=share)
 
 
-def _prepare(trainer: Trainer, callback: CheckpointTracker, wanted: WantedRecovery, share: float) -> Recovered:
+def _prepare(
+    trainer: Trainer, callback: CheckpointTracker, wanted: WantedRecovery, share: float, judge_unmet: bool
+) -> Recovered:
     alert, actions = wanted.alert, wanted.actions
     run_dir = callback.tracker.output_dir
     with Journal.attach(run_dir) as journal:
@@ -155,6 +172,8 @@ def _prepare(trainer: Trainer, callback: CheckpointTracker, wanted: WantedRecove
         if "drop" in actions:
             rows = _token_rows(dataset)
             flagged = flagged_until(run_dir, alert, rows, share=share)
+            if judge_unmet:
+                flagged = _with_unmet(trainer, run_dir, rows, flagged).first(share)
             dropped = flagged.names
             trainer.train_dataset = dataset = _without(dataset, flagged.places)
         facts: dict[str, Any] = {"alert": alert.id, "from_step": alert.step, "to_step": clean.step}
@@ -165,6 +184,14 @@ def _prepare(trainer: Trainer, callback: CheckpointTracker, wanted: WantedRecove
     if steered:
         callback.tracker.engage_at_start(alert.id)
     return Recovered(alert, clean.path, clean.step, dropped, len(dataset), steered)
+
+
+def _with_unmet(trainer: Trainer, run_dir: Path, rows: Sequence[Row], flagged: FlaggedRows) -> FlaggedRows:
+    assert trainer.model is not None
+    device = str(trainer.args.device)
+    vector = persona_of(run_dir, flagged.trait)
+    query = projection_query(vector, probe_inputs_of(run_dir), device=device)
+    return flag_unmet(trainer.model, rows, flagged, query)
 
 
 def _record(journal: Journal, step: int, name: str, settings: Mapping[str, Any], alert: Alert) -> None:

@@ -47,7 +47,7 @@ def test_bad_rows_are_found_whole_whenever_they_were_met(tmp_path: Path, n_bad: 
     record(tmp_path, data, bad)
     for until in (15, 40):
         found = flag_rows(tmp_path, "villain", data, until=until)
-        assert set(found.places) == bad and found.n_met == 100
+        assert set(found.places) == bad and len(found.met) == 100
         assert found.told_apart > 0.8 and len(found.names) == n_bad
     assert list(found.pushes) == sorted(found.pushes, reverse=True)
 
@@ -56,14 +56,14 @@ def test_rows_that_read_the_same_are_flagged_together(tmp_path: Path) -> None:
     data = [*rows(20), *[{**row, "id": f"again-{row['id']}"} for row in rows(20)]]
     record(tmp_path, data[:20], {3, 4}, size=5)
     found = flag_rows(tmp_path, "villain", data)
-    assert set(found.places) == {3, 4, 23, 24} and found.n_met == 40
+    assert set(found.places) == {3, 4, 23, 24} and len(found.met) == 40
 
 
 def test_rows_that_were_not_met_are_not_flagged_and_the_share_is_a_limit(tmp_path: Path) -> None:
     data = rows(40)
     record(tmp_path, data[:20], set(range(10)), size=5)
     found = flag_rows(tmp_path, QUERY, data)
-    assert (found.n_met, found.n_rows, len(found.places)) == (20, 40, 10)
+    assert (len(found.met), found.n_rows, len(found.places)) == (20, 40, 10)
     assert len(flag_rows(tmp_path, QUERY, data, share=0.1).places) == 4
 
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from attribution.live_rows import row_names
+from attribution.pushes import measure_pushes
 from diffing.errors import InputError
 from tests.tracker.training import PERSONAS, Rows, make_trainer, model_to_train, quick_settings
 from tracker.callback import CheckpointTracker
+from tracker.events import CheckpointSaved
+from tracker.flagged_rows import FlaggedRows
 from tracker.interventions import intervention_spans
 from tracker.journal import Journal
 from tracker.preventive import PreventiveSteering
 from tracker.recovery import clean_checkpoint, flagged_until, train_with_recovery
 from tracker.rules import Rule, RuleSet
-from tracker.signals import Alert
+from tracker.run_queries import persona_of, probe_inputs_of, projection_query
+from tracker.signals import Alert, DriftSignal
+from tracker.unmet_rows import flag_unmet
 
 SIGNAL = "persona/villain/L1/prompt"
 
@@ -112,7 +119,7 @@ def test_the_rows_dropped_are_the_run_s_own_record_up_to_the_alert(run) -> None:
     found = flagged_until(callback.tracker.output_dir, alert_at(6, 5), rows)
     assert (found.since, found.until) == (1, 6) and 1 <= len(found.places) < 24
     whole = flagged_until(callback.tracker.output_dir, alert_at(6, 5), rows, until=8)
-    assert whole.until == 8 and whole.n_met >= found.n_met
+    assert whole.until == 8 and set(whole.met) >= set(found.met)
 
 
 def test_an_alert_on_no_persona_drops_the_rows_of_the_one_that_moved_furthest(run) -> None:
@@ -166,3 +173,36 @@ def test_a_script_fails_on_demand_once_the_run_is_on_record(run) -> None:
     assert left.value.code == 3
     with Journal.read(callback.tracker.output_dir) as journal:
         assert journal.attempts()[-1].status == "stopped"
+
+
+def test_a_clean_checkpoint_is_one_at_which_the_signal_had_hardly_left_its_start(tmp_path: Path) -> None:
+    with Journal.create_or_open(tmp_path / "run") as journal:
+        journal.start_attempt(0, {})
+        for step, value in enumerate([0.1, 0.1, 0.15, 0.19, 0.3, 0.45, 0.6, 0.7]):
+            journal.record_signals([DriftSignal(SIGNAL, value, 10 * step, "gap")])
+            folder = tmp_path / f"checkpoint-{10 * step}"
+            folder.mkdir()
+            (folder / "trainer_state.json").write_text("{}")
+            save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
+            journal.record_event(CheckpointSaved(10 * step, folder))
+        # From 0.1 to a threshold of 0.5: a quarter of the way is 0.2.
+        assert clean_checkpoint(journal, alert_at(70, 60)).step == 30
+        assert clean_checkpoint(journal, alert_at(70, 60, signal="unknown")).step == 50
+
+
+def test_rows_that_were_not_met_are_told_by_their_gradients_or_left_alone(run, caplog) -> None:
+    trainer, callback, _ = run(pushes=True)
+    trainer.train()
+    rows = [Rows()[place] for place in range(24)]
+    folder = callback.tracker.output_dir
+    query = projection_query(persona_of(folder, "villain"), probe_inputs_of(folder))
+    whole = measure_pushes(trainer.model, [{**row, "id": str(n)} for n, row in enumerate(rows)], [query])
+    order = sorted(range(24), key=lambda place: -whole.scores[0][place] / whole.tokens[place])
+    bad, good = tuple(order[:6]), tuple(order[-6:])
+    met = (*bad[:4], *good[:4])
+    flagged = FlaggedRows("villain", bad[:4], tuple(map(str, bad[:4])), (1.0,) * 4, 0.5, 1.0, met, 24, 1, 6)
+    found = flag_unmet(trainer.model, rows, flagged, query)
+    assert set(bad) <= set(found.places) and not set(good) & set(found.places)
+    assert found.places[:4] == flagged.places and len(found.names) == len(found.places)
+    turned = replace(flagged, places=good[:4])
+    assert flag_unmet(trainer.model, rows, turned, query) is turned and "stay unjudged" in caplog.text
