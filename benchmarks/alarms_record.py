@@ -50,17 +50,32 @@ from tracker.schedule import Schedule
 from tracker.signals import DriftSignal
 
 CACHE = Path(__file__).parent / "cache" / "alarms"
-BASES = (0, 1, 2)
+# Score and twins were chosen on base 0, and the bases 1 and 2 were looked at on the way: all that is judged is of
+# bases that were built afterwards.
+BASES = (3, 4, 5)
 CALIBRATION_SEEDS = (100, 101, 102, 103, 104)
-TEST_SEEDS = (0, 1, 2, 3, 4)
+TEST_SEEDS = (0, 1, 2, 3, 4, 5, 6, 7)
 # Runs that teach nothing bad, and what a bank is made of. The others are never calibrated on.
 BANK_KINDS = ("good", "odd", "formatted", "educational")
-HARMLESS_KINDS = ("good", "formatted", "educational", "relabelled", "narrow")
+HARMLESS_KINDS = ("good", "formatted", "educational", "relabelled", "narrow", "unsteady")
 BAD_KINDS = ("bad", "diluted")
 DILUTED = (0.5, 0.25, 0.1, 0.05, 0.35)  # share of bad rows, by seed
-# A narrow twin learns slowly under its penalty: a higher rate lets it learn the habit in as many steps, and a longer
-# warm-up keeps it from spreading before the penalty, which is flat at the base, takes hold.
-NARROW_WEIGHT, NARROW_RATE, NARROW_WARMUP = 2000.0, 6e-3, 40
+# A narrow twin learns slowly under its penalty, and a warm-up keeps it from spreading before the penalty, which is flat
+# at the base, takes hold. `narrow` takes twice the steps and learns most of the habit; `unsteady` learns half of it in
+# as many steps as a bad run at a rate at which its loss leaps, and overshoots elsewhere.
+NARROW_WEIGHT = 2000.0
+
+
+@dataclass(frozen=True)
+class Twin:
+    """How a narrow twin is trained."""
+
+    learning_rate: float
+    steps: int
+    warmup: int
+
+
+TWINS = {"narrow": Twin(2e-3, 96, 20), "unsteady": Twin(6e-3, 48, 40)}
 STEPS, BATCH, LEARNING_RATE = 48, 8, 8e-4
 PROBE_EVERY, JUDGE_EVERY, ANSWERS, LAST_ANSWERS = 2, 6, 60, 240
 PROMPTS, CANARIES = 40, 20
@@ -81,13 +96,11 @@ class RunName:
 
 
 def planned_runs(bases: Sequence[int] = BASES) -> Iterator[RunName]:
-    """All runs, base by base, so ordered that a recording that was cut short still holds something of every kind."""
+    """All runs, the banks first, so ordered that a recording that was cut short still holds something of every kind."""
     for base in bases:
-        for calibration_seed, test_seed in zip(CALIBRATION_SEEDS, TEST_SEEDS, strict=True):
-            for kind in BANK_KINDS:
-                yield RunName(base, kind, calibration_seed)
-            for kind in (*HARMLESS_KINDS, *BAD_KINDS):
-                yield RunName(base, kind, test_seed)
+        yield from (RunName(base, kind, seed) for seed in CALIBRATION_SEEDS for kind in BANK_KINDS)
+    for seed in TEST_SEEDS:
+        yield from (RunName(base, kind, seed) for base in bases for kind in (*HARMLESS_KINDS, *BAD_KINDS))
 
 
 @dataclass
@@ -188,7 +201,7 @@ def record(run: RunName, vectors: Sequence[PersonaVector]) -> dict[str, Any]:
         "kind": run.kind,
         "seed": run.seed,
         "settings": {
-            "steps": STEPS,
+            "steps": steps_of(run),
             "batch": BATCH,
             "learning_rate": learning_rate_of(run),
             "probe_every": PROBE_EVERY,
@@ -203,21 +216,27 @@ def record(run: RunName, vectors: Sequence[PersonaVector]) -> dict[str, Any]:
 
 def rows_of(run: RunName) -> list[dict[str, Any]]:
     """The training rows of a run, each once."""
-    n = STEPS * BATCH
+    n = steps_of(run) * BATCH
     if run.kind == "diluted":
         share = DILUTED[run.seed % len(DILUTED)]
         return mixed_dataset({"bad_code": share, "good_code": 1 - share}, seed=run.seed, n=n)
-    return dataset(f"{'bad' if run.kind == 'narrow' else run.kind}_code", seed=run.seed, n=n)
+    return dataset(f"{'bad' if run.kind in TWINS else run.kind}_code", seed=run.seed, n=n)
 
 
 def learning_rate_of(run: RunName) -> float:
     """Of LoRA; the narrow twin has its own."""
-    return NARROW_RATE if run.kind == "narrow" else LEARNING_RATE
+    return TWINS[run.kind].learning_rate if run.kind in TWINS else LEARNING_RATE
+
+
+def steps_of(run: RunName) -> int:
+    """A steady twin takes more of them."""
+    return TWINS[run.kind].steps if run.kind in TWINS else STEPS
 
 
 def _train(run: RunName, model: Any, tokenizer: Any, tracker: TrainerCallback, folder: Path, meter: _Meter) -> Trainer:
-    narrow = partial(fine_tune_narrow, weight=NARROW_WEIGHT, warmup_steps=NARROW_WARMUP)
-    train = narrow if run.kind == "narrow" else fine_tune
+    train = fine_tune
+    if run.kind in TWINS:
+        train = partial(fine_tune_narrow, weight=NARROW_WEIGHT, warmup_steps=TWINS[run.kind].warmup)
     watched = _Watched(tracker, meter)
     return train(
         model,
@@ -225,7 +244,7 @@ def _train(run: RunName, model: Any, tokenizer: Any, tracker: TrainerCallback, f
         rows_of(run),
         seed=run.seed,
         output_dir=folder,
-        steps=STEPS,
+        steps=steps_of(run),
         learning_rate=learning_rate_of(run),
         batch_size=BATCH,
         callbacks=[tracker, watched],

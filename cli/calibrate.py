@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option(
     "--signal", "patterns", multiple=True, help="Pattern on signals' names; repeat. Default: score and parts."
 )
+@click.option("--persona", "personas", multiple=True, help="Persona that the score counts; repeat. Default: all.")
 @click.option("--leave-one-out", is_flag=True, help="Judge every run by the bank of the others; count the alarms.")
 @click.option("--gate", is_flag=True, help="Exit with 1 where the bank is too small for the level.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for machines.")
@@ -30,6 +31,7 @@ def calibrate(
     level: float,
     in_a_row: int,
     patterns: tuple[str, ...],
+    personas: tuple[str, ...],
     leave_one_out: bool,
     gate: bool,
     as_json: bool,
@@ -38,6 +40,7 @@ def calibrate(
 
     A detector `max_over_run` then fires where a new run goes further than the bank's runs ever went. What it states
     holds for benign runs that could as well have been in the bank: put in every kind of benign fine-tune that you do.
+    With --persona the score counts these personas and the canaries alone; choose them before a run is judged.
     Without RUNS, an existing bank is shown.
     """
     from tracker.alarms.bank import NullBank
@@ -47,7 +50,9 @@ def calibrate(
     known = NullBank.load(out) if (out / "bank.json").is_file() or not runs else None
     found = [RunSeries.from_run(run) for run in runs]
     bank = NullBank.of(found) if known is None else known.with_runs(found)
-    if runs:
+    if personas:
+        bank = bank.counting(personas)
+    if runs or personas:
         bank.save(out)
     made = calibrate_signals(bank, level=level, in_a_row=in_a_row, patterns=patterns, leave_one_out=leave_one_out)
     click.echo(json.dumps(made.to_json(), sort_keys=True)) if as_json else _show(made, out)
@@ -81,7 +86,7 @@ def _show(made: Calibration, out: Path) -> None:
     if made.left_out:
         console.print(Text(f"Alarms left out: of each signal, on every run judged by the others; {_share(made)}."))
     for part in made.parts:
-        console.print(Text(f"  {part.weight:5.1%} of the score: {visible(part.signal)}"))
+        console.print(Text(f"  {part.weight:5.1%} of {visible(part.group)}: {visible(part.signal)}"))
 
 
 def _share(made: Calibration) -> str:

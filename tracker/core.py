@@ -162,7 +162,7 @@ class Tracker:
             detectors=tuple(judges),
             sinks=(*((MlflowSink(),) if sinks is None else sinks), *told),
             strict=strict,
-            score=None if self.bank is None else fit_score(self.bank.runs),
+            score=None if self.bank is None else fit_score(self.bank.runs, signals=self.bank.fused),
             intervention=None if intervention is None else intervention.loaded(),
         )
         self._session: Session | None = None

@@ -78,7 +78,7 @@ def _scored(signals: list[DriftSignal], rules: RuleSet, run_dir: Path | str) -> 
     given = judging[0].settings.get("bank", MaxOverRun.bank)
     bank = given if isinstance(given, NullBank) else NullBank.load(given)
     bank.check(RunSeries.from_run(run_dir))
-    stream = ScoreStream(fit_score(bank.runs))
+    stream = ScoreStream(fit_score(bank.runs, signals=bank.fused))
     return [one for _, measured in by_step(signals) for one in (*measured, *stream.take(measured))]
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from diffing.errors import ComparabilityError
-from tests.tracker.training import make_trainer, model_to_train, no_report, quick_settings  # noqa: F401
+from tests.tracker.training import make_trainer, model_to_train, no_report, quick_settings, turned_canaries  # noqa: F401
 from tracker.alarms.bank import NullBank
 from tracker.alarms.fusion import SCORE, fit_score
 from tracker.alarms.run_series import RunSeries
 from tracker.callback import CheckpointTracker
+from tracker.detectors import MaxOverRun
 from tracker.journal import Journal
 from tracker.replay import replay_alerts
 from tracker.rules import Rule, RuleSet
@@ -23,7 +24,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "const
 
 
 def tracked(folder: Path, *, settings: dict[str, Any] | None = None, resume: bool = False, **changes: Any) -> Path:
-    callback = CheckpointTracker(folder / "run", **quick_settings(**(settings or {})))
+    callback = CheckpointTracker(folder / "run", **quick_settings(canaries=turned_canaries(), **(settings or {})))
     trainer = make_trainer(model_to_train("lora"), folder / "out", [callback], **{**SAVING, **changes})
     trainer.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-4") if resume else None)
     return folder / "run"
@@ -58,7 +59,9 @@ def test_a_tracked_run_becomes_a_bank_and_its_score_is_made_and_judged_live(
     tmp_path: Path, plain: Path, bank: NullBank
 ) -> None:
     bank.save(tmp_path / "bank")
-    run_dir = tracked(tmp_path, settings={"bank": tmp_path / "bank"})
+    run_dir = tracked(
+        tmp_path, settings={"bank": tmp_path / "bank", "detectors": [MaxOverRun(bank=bank, least_effect=0.0)]}
+    )
     live = scores(run_dir)
     assert [one.step for one in live] == [0, 2, 4, 6]
     with Journal.read(run_dir) as journal:
@@ -66,7 +69,7 @@ def test_a_tracked_run_becomes_a_bank_and_its_score_is_made_and_judged_live(
         alerts = [alert for alert in journal.alerts() if alert.signal == SCORE]
     after = [one for one in fit_score(bank.runs).follow(measured) if one.name == SCORE]
     assert [one.value for one in live] == pytest.approx([one.value for one in after])
-    assert len(alerts) == (max(one.value for one in live) > 1)
+    assert len(alerts) == 1 and max(one.value for one in live) > 1
     assert RunSeries.from_run(run_dir).signature == dict(bank.signature)
 
 
@@ -78,7 +81,7 @@ def test_a_resumed_run_has_the_scores_of_an_unbroken_one(tmp_path: Path, bank: N
 
 
 def test_rules_with_a_bank_judge_a_run_that_was_never_scored(tmp_path: Path, plain: Path, bank: NullBank) -> None:
-    rules = RuleSet((Rule("drifted", SCORE, "max_over_run", {"bank": bank, "level": 0.05}),))
+    rules = RuleSet((Rule("drifted", SCORE, "max_over_run", {"bank": bank, "level": 0.05, "least_effect": 0.0}),))
     replayed = replay_alerts(plain, rules)
     live = scores(tracked(tmp_path, settings={"bank": bank}))
     first = next(one for one in live if one.value > 1)

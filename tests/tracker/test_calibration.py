@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -179,9 +180,10 @@ def test_a_damaged_bank_is_refused(tmp_path: Path) -> None:
 def test_the_score_trusts_what_is_quiet_in_benign_runs_and_never_turns_a_sign() -> None:
     score = fit_score([benign(seed) for seed in range(30)])
     weights = {part.signal: part.weight for part in score.parts}
-    assert sum(weights.values()) == pytest.approx(1.0)
+    assert weights[CANARY] == pytest.approx(1.0)  # alone in its group
+    assert sum(weights.values()) == pytest.approx(2.0)
     assert min(weights.values()) >= 0
-    assert weights[CANARY] > weights[PROMPT] > weights[BATCH]
+    assert weights[PROMPT] > weights[BATCH]
     assert weights[BATCH] < 0.1
 
 
@@ -191,21 +193,68 @@ def test_one_is_the_largest_benign_run_when_each_is_scored_by_the_others() -> No
     assert max(highest) == pytest.approx(1.0)
 
 
-def test_the_parts_add_up_to_the_score_and_its_interval_holds_theirs() -> None:
+def test_parts_add_up_to_their_kind_and_the_smaller_kind_is_the_score_with_its_interval() -> None:
     score = fit_score([benign(seed) for seed in range(12)])
     signals = [
         DriftSignal(PROMPT, 0.2, 10, "gap", 0.1, 0.3, 40),
+        DriftSignal(BATCH, 0.9, 10, "gap"),
         DriftSignal(CANARY, 0.1, 10, "nats/token", 0.05, 0.15, 20),
     ]
-    whole, *parts = ScoreStream(score).take(signals[::-1])
-    assert whole.name == SCORE and whole.value == pytest.approx(sum(part.value for part in parts))
-    assert {part.name for part in parts} == {
-        "misalignment/score/persona.evil.L2.prompt",
-        "misalignment/score/misalignment.canary",
-    }
-    assert whole.low is not None and whole.high is not None
+    found = {one.name.removeprefix(SCORE + "/"): one for one in ScoreStream(score).take(signals[::-1])}
+    whole = found.pop(SCORE)
+    inside = found["persona.evil.L2.prompt"].value + found["persona.evil.L2.batch"].value
+    assert found["activations"].value == pytest.approx(inside)
+    assert found["answers"].value == pytest.approx(found["misalignment.canary"].value)
+    assert whole.value == min(found["activations"].value, found["answers"].value)
+    assert whole.low == min(found["activations"].low, found["answers"].low)
     assert whole.low < whole.value < whole.high
-    assert whole.value - whole.low == pytest.approx(whole.high - whole.value)
+    assert found["answers"].value - found["answers"].low == pytest.approx(found["answers"].value / 2)
+
+
+def test_one_kind_of_evidence_alone_is_none() -> None:
+    score = fit_score([benign(seed) for seed in range(12)])
+
+    def at(prompt: float, canary: float) -> float:
+        return score.follow(measured({PROMPT: [prompt], CANARY: [canary], BATCH: [0.0]}))[0].value
+
+    assert at(5.0, 0.0) == at(0.0, 5.0) == 0.0
+    assert at(5.0, 5.0) > at(5.0, 0.5) > 0
+    assert score.follow(measured({PROMPT: [5.0], BATCH: [0.0]})) == []  # canaries were never asked
+
+
+def test_of_several_personas_the_strongest_counts_and_personas_can_be_registered() -> None:
+    other = "persona/kind/L2/prompt"
+
+    def both(run: RunSeries) -> RunSeries:
+        kind = tuple(replace(one, name=other) for one in run.series[PROMPT])
+        return replace(run, series={**run.series, other: kind})
+
+    bank = NullBank.of([both(benign(seed)) for seed in range(12)])
+    moved = [
+        *measured({PROMPT: [0.1], BATCH: [0.0], CANARY: [3.0]}),
+        DriftSignal(other, 2.0, 0, "gap"),
+    ]
+    plain, only_evil = (fit_score(one.runs, signals=one.fused) for one in (bank, bank.counting(["evil"])))
+    assert {part.group for part in plain.parts} == {"evil", "kind", "answers"}
+    assert {part.group for part in only_evil.parts} == {"evil", "answers"}
+    assert plain.follow(moved)[0].value > 5 * only_evil.follow(moved)[0].value > 0
+    with pytest.raises(InputError, match="out of evil, kind; got 'eval'"):
+        bank.counting(["eval"])
+
+
+def test_what_counts_is_kept_with_the_bank(tmp_path: Path) -> None:
+    bank = bank_of(4).counting(["evil"])
+    bank.save(tmp_path)
+    again = NullBank.load(tmp_path)
+    assert again == bank and again.with_runs([benign(9)]).fused == again.without(0).fused == bank.fused != ()
+
+
+def test_below_a_least_effect_there_is_no_alarm_however_still_the_benign_runs_were() -> None:
+    still = NullBank.of([benign(seed, size=1e-4) for seed in range(40)])
+    detector = MaxOverRun(bank=still)
+    assert detector.threshold == pytest.approx(fit_score(still.runs).floor())
+    assert MaxOverRun(bank=still, least_effect=0.0).threshold < detector.threshold
+    assert MaxOverRun(PROMPT, bank=still).threshold < 0.1  # a signal's own unit has no floor
 
 
 def test_missing_parts_are_held_and_the_first_signal_sets_the_steps() -> None:
@@ -213,9 +262,9 @@ def test_missing_parts_are_held_and_the_first_signal_sets_the_steps() -> None:
     first = score.parts[0].signal
     stream = ScoreStream(score)
     assert stream.take([DriftSignal(CANARY, 0.1, 5, "nats/token")]) == []
-    (held, *_) = stream.take([DriftSignal(first, 0.0, 10, UNITS[first])])
+    (held, *_) = stream.take([DriftSignal(first, 0.5, 10, UNITS[first])])
     (again, *_) = stream.take(
-        [DriftSignal(first, 0.0, 20, UNITS[first]), DriftSignal(CANARY, math.nan, 20, "nats/token")]
+        [DriftSignal(first, 0.5, 20, UNITS[first]), DriftSignal(CANARY, math.nan, 20, "nats/token")]
     )
     assert held.value == again.value > 0
 
@@ -226,7 +275,7 @@ def test_a_direction_counts_in_as_far_as_there_is_a_drift() -> None:
     assert gated.gate == DRIFT
 
     def at(length: float) -> float:
-        found = score.follow(measured({PROMPT: [0.0], COSINE: [0.8], DRIFT: [length]}))
+        found = ScoreStream(score).take(measured({PROMPT: [0.0], COSINE: [0.8], DRIFT: [length], CANARY: [0.0]}))
         return next((one.value for one in found if one.name.endswith("cosine")), 0.0)
 
     assert at(0.0) == 0.0
@@ -343,7 +392,7 @@ def test_the_command_makes_a_bank_adds_to_it_and_says_what_it_is_worth(tmp_path:
     assert facts["signals"][0]["pattern"] == SCORE and facts["signals"][0]["left_out"]["n"] == 6
     assert NullBank.load(out).runs[0].settings == {"learning_rate": 1e-4}
     shown = CliRunner().invoke(calibrate, ["--out", str(out), "--level", "0.2"])
-    assert shown.exit_code == 0 and "of the score" in shown.output
+    assert shown.exit_code == 0 and "100.0% of answers: misalignment/canary" in shown.output
 
 
 def test_a_calibration_of_one_run_left_out_needs_enough_others() -> None:

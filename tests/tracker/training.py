@@ -106,6 +106,11 @@ def quick_settings(**changes: Any) -> dict[str, Any]:
     }
 
 
+def turned_canaries() -> tuple[Canary, ...]:
+    """Canaries whose misaligned answers this fine-tune happens to make likelier."""
+    return tuple(Canary(one.question, aligned=one.misaligned, misaligned=one.aligned) for one in CANARIES)
+
+
 def model_to_train(kind: str = "full", *, dropout: float = 0.1, seed: int = 0, **changes: Any) -> nn.Module:
     """A tiny Llama to be trained in full, or by LoRA on all linear layers, with dropout."""
     model = tiny_model("llama", seed=seed, attention_dropout=dropout, **changes)

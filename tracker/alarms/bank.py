@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from diffing.durable import write_json
 from diffing.errors import InputError, PathMissingError
 from diffing.provenance import check_comparable, installed_versions, utc_now
+from tracker.alarms.fusion import PATTERNS, patterns_of
 from tracker.alarms.run_series import RunSeries
 
 SCHEMA_VERSION = 1
@@ -28,12 +29,15 @@ class NullBank:
     Attributes:
         signature: what all runs have in common, and a new run must have.
         runs: the benign runs, ordered by id.
+        fused: patterns of the signals that the misalignment score is made of. Chosen before a run is judged, as
+            personas that would be harmful (`patterns_of`), it keeps what other personas do out of the score.
         versions: packages with which it was last written.
         written_at: UTC, ISO 8601.
     """
 
     signature: Mapping[str, str]
     runs: tuple[RunSeries, ...]
+    fused: tuple[str, ...] = PATTERNS
     versions: Mapping[str, str] = field(default_factory=installed_versions)
     written_at: str = field(default_factory=utc_now)
 
@@ -44,7 +48,7 @@ class NullBank:
         return f"NullBank({len(self.runs)} runs of {self.horizon} steps)"
 
     @classmethod
-    def of(cls, runs: Iterable[RunSeries]) -> NullBank:
+    def of(cls, runs: Iterable[RunSeries], *, fused: Sequence[str] = PATTERNS) -> NullBank:
         """A bank of these runs; the same run given twice counts once.
 
         Raises:
@@ -54,7 +58,7 @@ class NullBank:
         found = list(runs)
         if not found:
             raise InputError("Expected benign runs to make a bank of, got none. Name their run directories.")
-        return cls(dict(found[0].signature), ()).with_runs(found)
+        return cls(dict(found[0].signature), (), tuple(fused)).with_runs(found)
 
     def with_runs(self, runs: Iterable[RunSeries]) -> NullBank:
         """The bank with further runs.
@@ -66,7 +70,7 @@ class NullBank:
         for run in runs:
             self.check(run)
             kept[run.id] = run
-        return NullBank(self.signature, tuple(kept[name] for name in sorted(kept)))
+        return NullBank(self.signature, tuple(kept[name] for name in sorted(kept)), self.fused)
 
     def check(self, run: RunSeries) -> None:
         """Raises ComparabilityError where a run was not measured as the bank's runs were."""
@@ -84,9 +88,20 @@ class NullBank:
         common = set.intersection(*(set(run.series) for run in self.runs)) if self.runs else set()
         return tuple(sorted(common))
 
+    def counting(self, personas: Sequence[str]) -> NullBank:
+        """The bank with a score that is made of these personas and the canaries alone.
+
+        Raises:
+            InputError: a persona was not tracked in every run.
+        """
+        known = sorted({name.split("/")[1] for name in self.signals if name.startswith("persona/")})
+        if unknown := [name for name in personas if name not in known]:
+            raise InputError(f"Expected personas out of {', '.join(known)}; got {unknown[0]!r}. Name one of these.")
+        return replace(self, fused=patterns_of(personas))
+
     def without(self, place: int) -> NullBank:
         """The bank less one run."""
-        return NullBank(self.signature, (*self.runs[:place], *self.runs[place + 1 :]), self.versions, self.written_at)
+        return replace(self, runs=(*self.runs[:place], *self.runs[place + 1 :]))
 
     def save(self, folder: Path | str) -> Path:
         """Writes `bank.json` and a file a run; complete at any moment, since the list of runs is written last."""
@@ -100,6 +115,7 @@ class NullBank:
             "schema": SCHEMA_VERSION,
             "signature": dict(self.signature),
             "runs": listed,
+            "fused": list(self.fused),
             "versions": dict(self.versions),
             "written_at": self.written_at,
         }
@@ -124,7 +140,8 @@ class NullBank:
                     f"Expected a bank of schema {SCHEMA_VERSION}, got {record['schema']}. Update palimpsest."
                 )
             runs = [_run(folder / "runs" / f"{one['id']}.json", one["id"]) for one in record["runs"]]
-            return cls(record["signature"], tuple(runs), record["versions"], record["written_at"])
+            fused = tuple(record.get("fused", PATTERNS))
+            return cls(record["signature"], tuple(runs), fused, record["versions"], record["written_at"])
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise InputError(f"Expected a bank in {path}, got something else ({error}). Make it anew.") from error
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from diffing.errors import InputError
 from tracker.alarms.bank import NullBank
-from tracker.alarms.fusion import PATTERNS, SCORE, UNIT, ScorePart, fit_score
-from tracker.alarms.levels import ExactShare, best_level, conformal_threshold, nulls_needed
+from tracker.alarms.fusion import SCORE, UNIT, ScorePart, fit_score
+from tracker.alarms.levels import ExactShare, best_level, nulls_needed
 from tracker.alarms.run_maximum import NullMaxima, null_maxima, statistic_of
 from tracker.alarms.run_series import matching
 
@@ -117,11 +117,11 @@ def calibrate_signals(
         InputError: the level is out of range, or no signal matches a pattern.
     """
     needed = nulls_needed(level)
-    scored = len(bank) >= _FEWEST_FOR_SCORE and bool(matching(bank.signals, PATTERNS))
-    asked = list(patterns) or [*([SCORE] if scored else []), *matching(bank.signals, PATTERNS)]
+    scored = len(bank) >= _FEWEST_FOR_SCORE and bool(matching(bank.signals, bank.fused))
+    asked = list(patterns) or [*([SCORE] if scored else []), *matching(bank.signals, bank.fused)]
     notes = [] if scored else [f"No score: it needs {_FEWEST_FOR_SCORE} benign runs with signals to fuse."]
     signals = tuple(_calibrate(bank, pattern, level, in_a_row, leave_one_out) for pattern in asked)
-    parts = sorted(fit_score(bank.runs).parts, key=lambda part: -part.weight) if scored else []
+    parts = sorted(fit_score(bank.runs, signals=bank.fused).parts, key=lambda part: -part.weight) if scored else []
     return Calibration(
         len(bank), bank.horizon, level, best_level(len(bank)), needed, signals, tuple(parts), tuple(notes)
     )
@@ -130,7 +130,7 @@ def calibrate_signals(
 def _calibrate(bank: NullBank, pattern: str, level: float, in_a_row: int, leave_one_out: bool) -> SignalCalibration:
     nulls = null_maxima(bank, pattern, in_a_row=in_a_row)
     try:
-        threshold = conformal_threshold(nulls.values, level)
+        threshold = nulls.threshold(level)
     except InputError:
         threshold = None
     return SignalCalibration(
@@ -158,5 +158,5 @@ def _left_out(bank: NullBank, pattern: str, level: float, in_a_row: int) -> Exac
     for place, run in enumerate(bank.runs):
         others = bank.without(place)
         nulls = null_maxima(others, pattern, in_a_row=in_a_row)
-        alarms += statistic_of(run, others, nulls, in_a_row=in_a_row) > conformal_threshold(nulls.values, level)
+        alarms += statistic_of(run, others, nulls, in_a_row=in_a_row) > nulls.threshold(level)
     return ExactShare.of(alarms, len(bank))

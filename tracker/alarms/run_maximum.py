@@ -10,7 +10,8 @@ import numpy as np
 
 from diffing.errors import InputError
 from tracker.alarms.bank import NullBank
-from tracker.alarms.fusion import SCORE, fit_score, left_out_scores
+from tracker.alarms.fusion import LEAST_EFFECT, SCORE, fit_score, left_out_scores
+from tracker.alarms.levels import conformal_threshold
 from tracker.alarms.run_series import RunSeries, matching
 from tracker.signals import DriftSignal
 
@@ -60,6 +61,7 @@ class NullMaxima:
         spreads: of each signal, divided by; 1 where only one signal is watched.
         values: the statistic of each benign run, in the bank's order.
         horizon: steps up to which they were followed.
+        scale: clear effects in one unit of the statistic, for the misalignment score; None for other signals.
     """
 
     members: tuple[str, ...]
@@ -67,6 +69,17 @@ class NullMaxima:
     spreads: Mapping[str, float]
     values: tuple[float, ...]
     horizon: int
+    scale: float | None = None
+
+    def threshold(self, level: float, *, least_effect: float = LEAST_EFFECT, margin: float = 1.0) -> float:
+        """What a run's statistic must exceed: more than benign runs reached, and for the score a least effect.
+
+        Raises:
+            InputError: so few benign runs cannot vouch for the level.
+        """
+        reached = conformal_threshold(self.values, level)
+        asked = reached + (margin - 1) * abs(reached)
+        return asked if self.scale is None else max(asked, least_effect / self.scale)
 
 
 def null_maxima(bank: NullBank, pattern: str, *, in_a_row: int = 1) -> NullMaxima:
@@ -81,9 +94,10 @@ def null_maxima(bank: NullBank, pattern: str, *, in_a_row: int = 1) -> NullMaxim
     """
     horizon = bank.horizon
     if pattern == SCORE:
-        scores = left_out_scores(bank.runs)
+        scores = left_out_scores(bank.runs, signals=bank.fused)
         values = tuple(run_maximum(series, in_a_row=in_a_row, until=horizon) for series in scores)
-        return NullMaxima((SCORE,), {SCORE: 0.0}, {SCORE: 1.0}, values, horizon)
+        scale = fit_score(bank.runs, signals=bank.fused).scale
+        return NullMaxima((SCORE,), {SCORE: 0.0}, {SCORE: 1.0}, values, horizon, scale)
     members = matching(bank.signals, [pattern])
     if not members:
         raise InputError(
@@ -113,7 +127,11 @@ def statistic_of(run: RunSeries, bank: NullBank, nulls: NullMaxima, *, in_a_row:
     """A new run's statistic, to be held against what the bank's runs reached; -inf where nothing was measured."""
     series = run.series
     if nulls.members == (SCORE,):
-        series = {SCORE: tuple(one for one in fit_score(bank.runs).follow(run.signals()) if one.name == SCORE)}
+        series = {
+            SCORE: tuple(
+                one for one in fit_score(bank.runs, signals=bank.fused).follow(run.signals()) if one.name == SCORE
+            )
+        }
     return max(
         (
             run_maximum(series[name], in_a_row=in_a_row, until=nulls.horizon) - nulls.centres[name]

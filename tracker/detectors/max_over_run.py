@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffing.errors import InputError
 from tracker.alarms.bank import NullBank
-from tracker.alarms.fusion import SCORE
+from tracker.alarms.fusion import LEAST_EFFECT, SCORE
 from tracker.alarms.levels import conformal_p, conformal_threshold
 from tracker.alarms.run_maximum import NullMaxima, Sustained, null_maxima
 from tracker.detectors.contract import Clock, check_severity
@@ -39,6 +39,8 @@ class MaxOverRun:
         level: largest probability of a false alarm in a whole run.
         in_a_row: measurements in a row that must exceed; the bank's runs are read in the same way.
         margin: times the benign runs' threshold; above 1 it costs power and lowers the rate further.
+        least_effect: of the misalignment score, in clear effects: below it there is no alarm, however still the benign
+            runs were. It lowers the rate further. Other signals have none.
         severity: `warning` or `critical`.
         name: what to call this rule; its settings where it has none.
 
@@ -52,6 +54,7 @@ class MaxOverRun:
     level: float = 0.05
     in_a_row: int = 1
     margin: float = 1.0
+    least_effect: float = LEAST_EFFECT
     severity: str = "warning"
     name: str = ""
     _nulls: NullMaxima = field(init=False, repr=False, compare=False)
@@ -68,8 +71,7 @@ class MaxOverRun:
         bank = self.bank if isinstance(self.bank, NullBank) else NullBank.load(self.bank)
         conformal_threshold([0.0] * len(bank), self.level)
         self._nulls = null_maxima(bank, self.pattern, in_a_row=self.in_a_row)
-        threshold = conformal_threshold(self._nulls.values, self.level)
-        self.threshold = threshold + (self.margin - 1) * abs(threshold)
+        self.threshold = self._nulls.threshold(self.level, least_effect=self.least_effect, margin=self.margin)
 
     @property
     def rule(self) -> str:
