@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Float
 
 from benchmarks.alarms_record import CACHE, CALIBRATION_SEEDS, HARMLESS_KINDS, RunName, planned_runs
-from tracker.alarms.fusion import fit_score, left_out_scores, patterns_of
+from tracker.alarms.fusion import patterns_of
+from tracker.alarms.fusion_fit import fit_score, left_out_scores
 from tracker.alarms.levels import conformal_threshold
 from tracker.alarms.run_maximum import Sustained
 from tracker.alarms.run_series import RunSeries

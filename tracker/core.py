@@ -30,7 +30,7 @@ from diffing.errors import InputError
 from diffing.persona import Canary, PersonaVector
 from diffing.prompts import PromptSet
 from tracker.alarms.bank import NullBank
-from tracker.alarms.fusion import fit_score
+from tracker.alarms.fusion_fit import fit_score
 from tracker.alarms.run_series import RunSeries
 from tracker.alert_life import requested_actions
 from tracker.decision import ACTIONS, Decision, WantedRecovery

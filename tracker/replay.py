@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tracker.alarms.bank import NullBank
-from tracker.alarms.fusion import SCORE, ScoreStream, fit_score
+from tracker.alarms.fusion import SCORE, ScoreStream
+from tracker.alarms.fusion_fit import fit_score
 from tracker.alarms.run_series import RunSeries, by_step
 from tracker.alert_life import Incident, incidents
 from tracker.detectors import MaxOverRun

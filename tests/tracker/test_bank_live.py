@@ -11,7 +11,8 @@ import pytest
 from diffing.errors import ComparabilityError
 from tests.tracker.training import make_trainer, model_to_train, no_report, quick_settings, turned_canaries  # noqa: F401
 from tracker.alarms.bank import NullBank
-from tracker.alarms.fusion import SCORE, fit_score
+from tracker.alarms.fusion import SCORE
+from tracker.alarms.fusion_fit import fit_score
 from tracker.alarms.run_series import RunSeries
 from tracker.callback import CheckpointTracker
 from tracker.detectors import MaxOverRun

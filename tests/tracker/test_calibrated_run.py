@@ -10,7 +10,8 @@ import pytest
 from diffing.errors import ComparabilityError, InputError
 from tests.tracker.training import PERSONAS, make_trainer, model_to_train, quick_settings, turned_canaries
 from tracker.alarms.bank import NullBank
-from tracker.alarms.fusion import SCORE, fit_score
+from tracker.alarms.fusion import SCORE
+from tracker.alarms.fusion_fit import fit_score
 from tracker.alarms.run_series import RunSeries
 from tracker.callback import CheckpointTracker
 from tracker.core import calibrated_detectors

@@ -17,7 +17,8 @@ from cli.calibrate import calibrate
 from diffing.errors import ComparabilityError, InputError, PathMissingError
 from tracker.alarms.bank import NullBank
 from tracker.alarms.calibration import calibrate_signals
-from tracker.alarms.fusion import SCORE, MisalignmentScore, ScoreStream, fit_score, left_out_scores
+from tracker.alarms.fusion import SCORE, MisalignmentScore, ScoreStream
+from tracker.alarms.fusion_fit import fit_score, left_out_scores
 from tracker.alarms.levels import ExactShare, conformal_p, conformal_threshold, nulls_needed
 from tracker.alarms.run_maximum import null_maxima, run_maximum
 from tracker.alarms.run_series import RunSeries, by_step
@@ -235,8 +236,8 @@ def test_of_several_personas_the_strongest_counts_and_personas_can_be_registered
         DriftSignal(other, 2.0, 0, "gap"),
     ]
     plain, only_evil = (fit_score(one.runs, signals=one.fused) for one in (bank, bank.counting(["evil"])))
-    assert {part.group for part in plain.parts} == {"evil", "kind", "answers"}
-    assert {part.group for part in only_evil.parts} == {"evil", "answers"}
+    assert {part.group for part in plain.parts} == {"persona/evil", "persona/kind", "answers"}
+    assert {part.group for part in only_evil.parts} == {"persona/evil", "answers"}
     assert plain.follow(moved)[0].value > 5 * only_evil.follow(moved)[0].value > 0
     with pytest.raises(InputError, match="out of evil, kind; got 'eval'"):
         bank.counting(["eval"])

@@ -11,7 +11,8 @@ import numpy as np
 
 from diffing.errors import InputError
 from tracker.alarms.bank import NullBank
-from tracker.alarms.fusion import SCORE, UNIT, ScorePart, fit_score
+from tracker.alarms.fusion import SCORE, UNIT, ScorePart
+from tracker.alarms.fusion_fit import fit_score
 from tracker.alarms.levels import ExactShare, best_level, nulls_needed
 from tracker.alarms.run_maximum import NullMaxima, null_maxima, statistic_of
 from tracker.alarms.run_series import matching

@@ -10,7 +10,8 @@ import numpy as np
 
 from diffing.errors import InputError
 from tracker.alarms.bank import NullBank
-from tracker.alarms.fusion import LEAST_EFFECT, SCORE, fit_score, left_out_scores
+from tracker.alarms.fusion import LEAST_EFFECT, SCORE
+from tracker.alarms.fusion_fit import fit_score, left_out_scores
 from tracker.alarms.levels import conformal_threshold
 from tracker.alarms.run_series import RunSeries, matching
 from tracker.signals import DriftSignal
