@@ -10,7 +10,7 @@ benign drift. With runs that did go wrong at hand, their mean direction takes th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -39,34 +39,61 @@ def fit_score(
     Raises:
         InputError: fewer runs, no signal that all runs have, or a unit without a known effect.
     """
-    if len(runs) < 3:
-        raise InputError(f"Expected three or more benign runs to fit a score on, got {len(runs)}. Add runs.")
-    parts = [_part(runs[0], name) for name in _common_signals(runs, signals)]
-    groups = np.array([part.group for part in parts])
-    moves = [_moves(run, parts) for run in (*runs, *positives)]
-    benign, target = moves[: len(runs)], _target(moves[len(runs) :], groups)
-    left_out = [
-        float(_raw(benign[place], _weights([*benign[:place], *benign[place + 1 :]], target, groups), groups).max())
-        for place in range(len(runs))
-    ]
-    weighted = tuple(
-        replace(part, weight=float(weight))
-        for part, weight in zip(parts, _weights(benign, target, groups), strict=True)
-    )
-    return MisalignmentScore(weighted, max(*left_out, LEAST_EFFECT / 10), len(runs), len(positives))
+    return _Fit.of(runs, signals, positives).score()
 
 
 def left_out_scores(
     runs: Sequence[RunSeries], *, signals: Sequence[str] = PATTERNS, positives: Sequence[RunSeries] = ()
 ) -> list[list[DriftSignal]]:
     """Each benign run's score by the weights of the others, on the scale of all: what a new benign run would get."""
-    whole = fit_score(runs, signals=signals, positives=positives)
-    found = []
-    for place, run in enumerate(runs):
-        others = fit_score([*runs[:place], *runs[place + 1 :]], signals=signals, positives=positives)
-        alike = MisalignmentScore(others.parts, whole.scale, others.n_runs, others.n_positive)
-        found.append(alike.follow(run.signals()))
-    return found
+    fit = _Fit.of(runs, signals, positives)
+    scale = fit.score().scale
+    return [replace(fit.score(without=place), scale=scale).follow(run.signals()) for place, run in enumerate(runs)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """What the weights are made of; squares are summed once, so that leaving a run out costs one small solve."""
+
+    parts: tuple[ScorePart, ...]
+    groups: np.ndarray
+    moves: list[Float[np.ndarray, "step signal"]]
+    squares: Float[np.ndarray, "run signal signal"]
+    target: Float[np.ndarray, " signal"]
+    n_positive: int
+
+    @classmethod
+    def of(cls, runs: Sequence[RunSeries], signals: Sequence[str], positives: Sequence[RunSeries]) -> _Fit:
+        if len(runs) < 3:
+            raise InputError(f"Expected three or more benign runs to fit a score on, got {len(runs)}. Add runs.")
+        parts = tuple(_part(runs[0], name) for name in _common_signals(runs, signals))
+        groups = np.array([part.group for part in parts])
+        moves = [_moves(run, parts) for run in runs]
+        squares = np.stack([one.T @ one / len(one) for one in moves])
+        target = _target([_moves(run, parts) for run in positives], groups)
+        return cls(parts, groups, moves, squares, target, len(positives))
+
+    def score(self, without: int | None = None) -> MisalignmentScore:
+        """The score that all runs give, or all but one; one without a run has no scale of its own."""
+        weights = self._weights(without)
+        parts = tuple(replace(part, weight=float(weight)) for part, weight in zip(self.parts, weights, strict=True))
+        left_out = 0.0 if without is not None else max(map(self._left_out, range(len(self.moves))))
+        n = len(self.moves) - (without is not None)
+        return MisalignmentScore(parts, max(left_out, LEAST_EFFECT / 10), n, self.n_positive)
+
+    def _left_out(self, place: int) -> float:
+        """Clear effects that one run reaches by the weights of the others."""
+        return float(_raw(self.moves[place], self._weights(place), self.groups).max())
+
+    def _weights(self, without: int | None) -> Float[np.ndarray, " signal"]:
+        """In each group non-negative ones of least mean square over the benign runs, giving the target a sum of 1."""
+        kept = self.squares if without is None else np.delete(self.squares, without, axis=0)
+        square = kept.mean(axis=0)
+        found = np.zeros(len(self.target))
+        for name in set(self.groups.tolist()):
+            own = np.flatnonzero(self.groups == name)
+            found[own] = _matched(square[np.ix_(own, own)], self.target[own])
+        return found
 
 
 def _common_signals(runs: Sequence[RunSeries], patterns: Sequence[str]) -> list[str]:
@@ -119,18 +146,6 @@ def _target(positives: Sequence[Float[np.ndarray, "step signal"]], groups: np.nd
             if mean[own].sum() > 0:
                 target[own] = mean[own] * own.sum() / mean[own].sum()
     return target
-
-
-def _weights(
-    benign: Sequence[Float[np.ndarray, "step signal"]], target: Float[np.ndarray, " signal"], groups: np.ndarray
-) -> Float[np.ndarray, " signal"]:
-    """In each group non-negative weights of least mean square over the benign runs that give the target a sum of 1."""
-    square = np.mean([moves.T @ moves / len(moves) for moves in benign], axis=0)
-    found = np.zeros(len(target))
-    for name in set(groups.tolist()):
-        own = np.flatnonzero(groups == name)
-        found[own] = _matched(square[np.ix_(own, own)], target[own])
-    return found
 
 
 def _matched(
