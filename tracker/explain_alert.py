@@ -18,8 +18,10 @@ from diffing.errors import InputError, PalimpsestError, PathMissingError
 from diffing.json_twin import from_plain
 from diffing.persona import PersonaVector
 from diffing.tap import Tap
+from tracker.alarms.fusion import SCORE
 from tracker.explain import explain_question, saved_checkpoints
 from tracker.explanation import Explanation, PushedRows, Reading, SpecificityAt
+from tracker.flagged_rows import flag_rows
 from tracker.journal import Journal
 from tracker.leading_persona import leading_persona
 from tracker.live_cause import live_attribution
@@ -28,11 +30,13 @@ from tracker.probes.live_push import STEPS_IN_ALERT
 from tracker.push_journal import PushJournal
 from tracker.run_queries import alert_question, find_alert, probe_inputs_of, tracked_vectors
 from tracker.saved_model import load_saved
+from tracker.score_parts import score_parts
 from tracker.signals import Alert, DriftSignal
 from tracker.specificity import Specificity, measure_specificity
 from tracker.training_rows import TrainingText
 
 _AT_ONCE = 32
+_NOT_JUDGED = ("n", "high")
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,36 @@ def explain_alert(run_dir: Path | str, alert_id: str, means: Means | None = None
         series=tuple(series),
         reference=str(alert.evidence.get("reference", "")),
         leading=leading,
+        parts=score_parts(signals, step=alert.step, since=alert.since) if alert.signal == SCORE else (),
+        judged=_judged(alert.evidence),
         specificity=compared,
         rows=pushed,
+        called=_called(case),
         checkpoint=clean[-1] if clean else None,
         caveats=tuple(caveats),
     )
     found.save(run_dir)
     return found
+
+
+def _judged(evidence: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of the detector, those of its baseline under `baseline_…`; what probes added has parts of its own."""
+    baseline = evidence.get("baseline")
+    inner = {f"baseline_{name}": value for name, value in baseline.items()} if isinstance(baseline, Mapping) else {}
+    numbers = {name: value for name, value in {**evidence, **inner}.items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in numbers.items() if name not in _NOT_JUDGED}
+
+
+def _called(case: _Case) -> tuple[int, int] | None:
+    """Rows that `flag_rows` calls out up to the alert, and those that were met by then."""
+    training = case.means.training
+    if training is None or not case.leading:
+        return None
+    try:
+        found = flag_rows(case.run_dir, case.leading.split("/")[1], training.rows, until=case.alert.step)
+    except InputError:
+        return None
+    return len(found.places), len(found.met)
 
 
 def _reading(signal: DriftSignal) -> Reading:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from attribution import AttributionRow
 from diffing.durable import write_json
 from diffing.errors import InputError, PathMissingError
 from diffing.json_twin import from_plain, to_plain
+from tracker.score_parts import PartAt
 from tracker.specificity import Specificity
 
 FOLDER = "explanations"
@@ -89,8 +91,12 @@ class Explanation:
         series: all measurements up to the end of the run.
         reference: what the signal is measured against.
         leading: the persona that the comparison and the rows speak of, where the alert's signal is made of several.
+        parts: what the misalignment score was made of when it fired, for an alert on it.
+        judged: figures of the judgement by name, as the detector gave them: p-value, level, number of benign runs,
+            evidence, its own baseline.
         specificity: None where it could not be read.
         rows: likewise.
+        called: how many rows the run's record calls out by the alert, of how many met; None where that is not known.
         checkpoint: (step, folder) of the last one saved before `since`; None where there is none on disk.
         caveats: what a reader must know.
     """
@@ -108,8 +114,11 @@ class Explanation:
     series: tuple[Reading, ...]
     reference: str
     leading: str
+    parts: tuple[PartAt, ...] = ()
+    judged: Mapping[str, float] = field(default_factory=dict)
     specificity: SpecificityAt | None = None
     rows: PushedRows | None = None
+    called: tuple[int, int] | None = None
     checkpoint: tuple[int, str] | None = None
     caveats: tuple[str, ...] = ()
 

@@ -14,7 +14,8 @@ def leading_persona(alert: Alert, signals: Iterable[DriftSignal]) -> str:
     """`persona/<trait>/<place>` that an alert is about.
 
     Of an alert on a persona its own; of one on the misalignment score the persona that made most of it; of one on
-    anything else the persona that had moved furthest. Empty where no persona was measured by then.
+    anything else the persona that had moved furthest. Empty where no persona was measured by then, and for what the
+    loop itself reports (`train/…`): a loss that diverged is about no persona.
 
     Args:
         alert: what was raised.
@@ -22,6 +23,8 @@ def leading_persona(alert: Alert, signals: Iterable[DriftSignal]) -> str:
     """
     if alert.signal.startswith("persona/"):
         return "/".join(alert.signal.split("/")[:3])
+    if alert.signal.startswith("train/"):
+        return ""
     latest = {one.name: one.value for one in signals if one.step <= alert.step}
     moved = {name.removesuffix(_PROMPT): value for name, value in latest.items() if _is_prompt(name)}
     if not moved:

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tracker.detectors import Detector
 from tracker.events import CheckpointSaved, RunEnded, RunStarted
 from tracker.interventions import intervention_spans
 from tracker.journal import Journal
+from tracker.leading_persona import leading_persona
 from tracker.pipeline import Pipeline
 from tracker.plan import Plan
 from tracker.preventive import PreventiveSteering, RunningSteering
@@ -230,11 +231,17 @@ class Session:
                 self._guarded(watched, watched.running.save_readings)
 
     def _evidence(self, alert: Alert) -> dict[str, Any]:
-        """What the probes know of an alert's cause."""
+        """What the probes know of an alert's cause; of one on no persona, what they know of the one that leads."""
         found: dict[str, Any] = {}
+        about = alert
+        if not alert.signal.startswith("persona/"):
+            measured = [entry.item for entry in self.journal.latest(alert.step)]
+            leading = leading_persona(alert, [one for one in measured if isinstance(one, DriftSignal)])
+            if leading:
+                found["about"], about = leading, replace(alert, signal=f"{leading}/prompt")
         for watched in self._watched:
             if not watched.off:
-                found |= self._guarded(watched, watched.running.evidence, alert) or {}
+                found |= self._guarded(watched, watched.running.evidence, about) or {}
         return found
 
     # -- checkpoints ---------------------------------------------------------------------------------------------

@@ -14,14 +14,31 @@ from diffing.durable import write_atomic
 from tracker.explanation import Explanation, SpecificityAt, explanation_path
 from tracker.report.charts import bar
 from tracker.report.explanation_words import explanation_headline, explanation_story, figure, reading_words
-from tracker.report.names import is_share, signal_title
+from tracker.report.names import is_share, signal_title, unit_words
 from tracker.report.page import render_page
 from tracker.report.step_chart import NARROW, WIDE, Line, Mark, Panel, step_chart
 from tracker.report.svg import Scale, drawing, element, padded, tick_label, ticks
-from tracker.report.text import visible
+from tracker.report.text import number, places, visible
 from tracker.specificity import STYLES
 
 _UP, _DOWN = 20, 5
+_JUDGED = {
+    "p_value": "p-value beside the bank",
+    "level": "level of the rule",
+    "benign_runs": "benign runs in the bank",
+    "benign_largest": "the furthest benign run",
+    "watched_together": "signals watched together",
+    "horizon": "steps that the bank vouches for",
+    "e_value": "e-value",
+    "series": "series in the family",
+    "evidence": "evidence (Shiryaev–Roberts sum)",
+    "needed": "average run length, at least",
+    "judged": "measurements judged",
+    "baseline_level": "level of its baseline",
+    "baseline_sigma": "standard deviation of its baseline",
+    "baseline_memory": "lag-one correlation of its baseline",
+    "baseline_n": "measurements of its baseline",
+}
 
 
 def write_explanation_page(found: Explanation, run_dir: Path | str) -> Path:
@@ -46,6 +63,7 @@ def render_explanation_page(found: Explanation) -> str:
         facts=_facts(found),
         wide=_chart(found, WIDE),
         narrow=_chart(found, NARROW),
+        parts_made=_parts(found),
         compared=None if found.specificity is None else _compared(found.specificity),
         rows=_rows(found),
     )
@@ -65,6 +83,7 @@ def _facts(found: Explanation) -> list[tuple[str, str]]:
     ]
     if found.reference:
         said.append(("measured against", found.reference))
+    said += [(_JUDGED[name], number(value)) for name, value in found.judged.items() if name in _JUDGED]
     step, folder = found.checkpoint or (None, "none on disk")
     said.append(("checkpoint before it", folder if step is None else f"step {step}: {folder}"))
     return said
@@ -93,6 +112,19 @@ def _chart(found: Explanation, frame: Any) -> Markup:
         description=f"{explanation_headline(found)} Alert at step {found.step}.",
         class_="wide-only" if frame is WIDE else "narrow-only",
     )  # fmt: skip
+
+
+def _parts(found: Explanation) -> list[dict[str, Any]]:
+    largest = max((abs(part.score) for part in found.parts), default=0.0)
+    return [
+        {
+            "part": part,
+            "title": f"{visible(part.signal)}, together" if part.is_kind else signal_title(part.signal),
+            "value": "" if part.value is None else f"{places(part.value, 2)} {unit_words(part.unit)}",
+            "bar": bar(part.score, largest, tone="other" if part.is_kind else "tuned", signed=True),
+        }
+        for part in found.parts
+    ]
 
 
 def _compared(at: SpecificityAt) -> dict[str, Any]:
