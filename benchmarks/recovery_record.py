@@ -40,8 +40,8 @@ from tracker.signals import Alert
 CACHE = Path(__file__).parent / "cache" / "recovery"
 BASES, SEEDS = (0, 1, 2), (0, 1, 2, 3, 4)
 HALF, OTHER_SHARES = 50, (25, 10)
-ROWS, STEPS, BATCH, LEARNING_RATE = 400, 80, 16, 1e-3
-PROBE_EVERY, SAVE_EVERY, ANSWERS, NARROW_ANSWERS, RECOVERIES = 2, 4, 240, 100, 2
+ROWS, STEPS, BATCH, LEARNING_RATE = 400, 120, 16, 1e-3
+PROBE_EVERY, SAVE_EVERY, ANSWERS, NARROW_ANSWERS, RECOVERIES = 2, 4, 480, 200, 2
 TRAIT, FLOOR = "villain", {"floor": 0.25, "unit": "gap"}
 # What is trained beside the run on all rows.
 WITHOUT_RUN, WITHOUT_ALARM, WITHOUT_RANDOM = "without run's", "without alarm's", "without random"
