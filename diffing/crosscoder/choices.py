@@ -50,6 +50,7 @@ _RANGES = (
     ("exclusive_share", 0.0, 0.5),
     ("delta_weight", 0.0, 1000.0),
     ("held_out", 0.0, 0.5),
+    ("revive_alike", 0.01, 1.0),
 )
 
 

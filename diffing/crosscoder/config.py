@@ -38,6 +38,9 @@ class CrosscoderConfig:
             the others leave unexplained; 0 for never, and less often where latents had no time to show themselves.
         revive_until: share of the steps after which latents are left alone.
         idle_below: a latent is idle when its share of the written energy is below this multiple of the mean.
+        revive_alike: cosine from which two residuals count as missing the same feature. Noise makes residuals unlike:
+            where it explains much of the activations, 0.3 finds features that 0.5 leaves in others. Chance gives
+            cosines of about one over the root of the sides' widths together; stay at several times that.
         max_norm_ratio: tokens whose activation norm exceeds this multiple of the median on any side are left out
             of statistics and training; attention sinks would otherwise rule both.
         save_every: steps between two saved training states, where there is a folder to save to.
@@ -85,6 +88,7 @@ class CrosscoderConfig:
     revivals: int = 10
     revive_until: float = 0.6
     idle_below: float = 0.03
+    revive_alike: float = 0.5
     max_norm_ratio: float = 10.0
     save_every: int = 250
     sparsity: str = "batch_topk"

@@ -181,7 +181,7 @@ class Training:
         if self.step % every:
             return
         idle = (self.energy < self.config.idle_below * self.energy.mean()).nonzero().squeeze(1)
-        directions, lengths = find_missing_directions(self.worst, len(idle))
+        directions, lengths = find_missing_directions(self.worst, len(idle), alike=self.config.revive_alike)
         latents, numbers = self.partition.house(idle, directions)
         self._reset(latents, directions[numbers], lengths[numbers])
         self.energy.zero_()

@@ -8,6 +8,7 @@ import torch
 from diffing import CrosscoderConfig
 from diffing.crosscoder.revive import find_missing_directions
 from diffing.crosscoder.training import Training, Weights
+from diffing.errors import InputError
 
 
 def test_the_directions_that_residuals_share_are_found_most_shared_first():
@@ -27,6 +28,36 @@ def test_the_directions_that_residuals_share_are_found_most_shared_first():
 def test_no_common_direction_and_no_residual_give_none():
     assert len(find_missing_directions(torch.eye(8), 5)[0]) == 0
     assert len(find_missing_directions(torch.zeros(8, 4), 5)[0]) == 0
+
+
+def test_a_direction_under_noise_is_found_where_less_alike_residuals_count():
+    generator = torch.Generator().manual_seed(0)
+    # Two residuals that miss it have a cosine of about 1 / (1 + 1.5²) = 0.31; chance gives 1 / √1000 = 0.03.
+    truth = torch.eye(1000)[0]
+    residuals = truth + 1.5 / 1000**0.5 * torch.randn(40, 1000, generator=generator)
+    assert len(find_missing_directions(residuals, 1)[0]) == 0
+    (found,), _ = find_missing_directions(residuals, 1, alike=0.25)
+    assert float(found @ truth) > 0.9
+    noise = torch.randn(40, 1000, generator=generator)
+    assert len(find_missing_directions(noise, 1, alike=0.25)[0]) == 0
+
+
+def test_how_alike_is_a_setting_of_the_fit(monkeypatch):
+    asked: list[float] = []
+
+    def record(residuals, n, *, alike):
+        asked.append(alike)
+        return find_missing_directions(residuals, n, alike=alike)
+
+    monkeypatch.setattr("diffing.crosscoder.training.find_missing_directions", record)
+    settings = {"n_latents": 8, "k": 2, "steps": 60, "batch_size": 256, "revivals": 2}
+    for config in (CrosscoderConfig(**settings), CrosscoderConfig(**settings, revive_alike=0.3)):
+        training = Training(config, Weights.initial(8, 2, 16, seed=0))
+        for _ in range(config.revival_interval):
+            training.advance(torch.randn(256, 32, generator=torch.Generator().manual_seed(1)))
+    assert asked == [0.5, 0.3]
+    with pytest.raises(InputError, match="revive_alike"):
+        CrosscoderConfig(**settings, revive_alike=0.0)
 
 
 def test_revival_finds_features_that_no_latent_would_have_found():
