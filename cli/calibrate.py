@@ -41,11 +41,12 @@ def calibrate(
     A detector `max_over_run` then fires where a new run goes further than the bank's runs ever went. What it states
     holds for benign runs that could as well have been in the bank: put in every kind of benign fine-tune that you do.
     With --persona the score counts these personas and the canaries alone; choose them before a run is judged.
-    Without RUNS, an existing bank is shown.
+    Without RUNS, an existing bank is shown. Writes calibration.html and .json into the bank's folder.
     """
     from tracker.alarms.bank import NullBank
     from tracker.alarms.calibration import calibrate_signals
     from tracker.alarms.run_series import RunSeries
+    from tracker.report.calibration_page import write_calibration_page
 
     known = NullBank.load(out) if (out / "bank.json").is_file() or not runs else None
     found = [RunSeries.from_run(run) for run in runs]
@@ -55,12 +56,16 @@ def calibrate(
     if runs or personas:
         bank.save(out)
     made = calibrate_signals(bank, level=level, in_a_row=in_a_row, patterns=patterns, leave_one_out=leave_one_out)
-    click.echo(json.dumps(made.to_json(), sort_keys=True)) if as_json else _show(made, out)
+    page = write_calibration_page(made, bank, out)
+    if as_json:
+        click.echo(json.dumps({**made.to_json(), "page": str(page)}, sort_keys=True))
+    else:
+        _show(made, out, page)
     if gate and not made.vouched:
         sys.exit(1)
 
 
-def _show(made: Calibration, out: Path) -> None:
+def _show(made: Calibration, out: Path, page: Path) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -87,6 +92,7 @@ def _show(made: Calibration, out: Path) -> None:
         console.print(Text(f"Alarms left out: of each signal, on every run judged by the others; {_share(made)}."))
     for part in made.parts:
         console.print(Text(f"  {part.weight:5.1%} of {visible(part.group)}: {visible(part.signal)}"))
+    console.print(Text(f"\nPage  {page}\nData  {page.with_suffix('.json')}"), soft_wrap=True)
 
 
 def _share(made: Calibration) -> str:

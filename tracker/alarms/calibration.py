@@ -31,6 +31,7 @@ class SignalCalibration:
         threshold: what a run must exceed for an alarm, None where the bank is too small for the level.
         largest: what a benign run reached at most.
         median: what half of the benign runs did not pass.
+        maxima: what each benign run reached, in the bank's order.
         left_out: alarms when each run is judged by the bank of the others; None where that was not asked for, or
             where so few others cannot vouch for the level.
     """
@@ -41,6 +42,7 @@ class SignalCalibration:
     threshold: float | None
     largest: float
     median: float
+    maxima: tuple[float, ...] = ()
     left_out: ExactShare | None = None
 
 
@@ -54,6 +56,7 @@ class Calibration:
         level: asked for.
         best_level: strictest that so many runs vouch for.
         needed: runs that the level needs.
+        in_a_row: measurements in a row that must exceed.
         signals: thresholds.
         parts: weights of the misalignment score, largest first.
         notes: what a reader must know, one sentence each.
@@ -64,6 +67,7 @@ class Calibration:
     level: float
     best_level: float
     needed: int
+    in_a_row: int
     signals: tuple[SignalCalibration, ...]
     parts: tuple[ScorePart, ...]
     notes: tuple[str, ...]
@@ -124,7 +128,7 @@ def calibrate_signals(
     signals = tuple(_calibrate(bank, pattern, level, in_a_row, leave_one_out) for pattern in asked)
     parts = sorted(fit_score(bank.runs, signals=bank.fused).parts, key=lambda part: -part.weight) if scored else []
     return Calibration(
-        len(bank), bank.horizon, level, best_level(len(bank)), needed, signals, tuple(parts), tuple(notes)
+        len(bank), bank.horizon, level, best_level(len(bank)), needed, in_a_row, signals, tuple(parts), tuple(notes)
     )
 
 
@@ -141,6 +145,7 @@ def _calibrate(bank: NullBank, pattern: str, level: float, in_a_row: int, leave_
         threshold=threshold,
         largest=max(nulls.values),
         median=float(np.median(nulls.values)),
+        maxima=nulls.values,
         left_out=_left_out(bank, pattern, level, in_a_row) if leave_one_out else None,
     )
 
