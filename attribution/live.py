@@ -11,17 +11,17 @@ Only rows that do not meet in the forward pass can be told apart: all causal lan
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from attribution.live_choice import Choice, Chosen
 from attribution.live_gauge import Gauge
-from attribution.live_narrow import NARROW, NarrowQueries, rows_of
+from attribution.live_hook import ModuleHook
+from attribution.live_narrow import NarrowQueries
 from attribution.live_pass import Passed, UnreadableError, by_row, contract, ids_by_row, looked_up, wide
-from attribution.query_factors import QueryFactors
 from attribution.query_gradient import WatchedQueries, WatchedWeight
 
 _P = ParamSpec("_P")
@@ -58,7 +58,9 @@ class LiveReader:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._handles: list[Any] = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        self._watching: list[Any] = []
+        self._hooks: list[ModuleHook] = []
+        self._watching: list[Any] = []  # handles of those that are on
+        self._choice = Choice(0, 0.0)
         self._open = False
         self._current: Passed | None = None
         self._passes: list[Passed] = []
@@ -69,22 +71,49 @@ class LiveReader:
         self.problem = ""
         self.unread: set[str] = set()
 
-    def watch(self, watched: WatchedQueries | None) -> None:
-        """Hooks the modules of these queries, in place of those before; None: of no query."""
-        while self._watching:
-            self._watching.pop().remove()
+    def watch(self, watched: WatchedQueries | None, tolerance: float = 0.0) -> None:
+        """Hooks the modules of these queries, in place of those before; None: of no query.
+
+        Args:
+            watched: the queries.
+            tolerance: how much of a push modules may add that are not read in most steps, as `Choice` takes it. 0: all
+                modules are read in every step.
+        """
+        self._hooks = []
         self._casts.clear()
         self._narrow.clear()
-        self._gauge = None
-        if watched is None:
-            return
-        by_module: dict[int, tuple[nn.Module, list[WatchedWeight]]] = {}
-        for weight in watched.weights:
-            by_module.setdefault(id(weight.module), (weight.module, []))[1].append(weight)
-        self._gauge = Gauge.choose(watched.weights)
-        self._gauged = None if self._gauge is None else self._gauge.module
-        for module, weights in by_module.values():
-            self._watching.append(module.register_forward_hook(_ModuleHook(self, module, tuple(weights))))
+        self._gauge = self._gauged = None
+        if watched is not None:
+            by_module: dict[int, tuple[nn.Module, list[WatchedWeight]]] = {}
+            for weight in watched.weights:
+                by_module.setdefault(id(weight.module), (weight.module, []))[1].append(weight)
+            self._gauge = Gauge.choose(watched.weights)
+            self._gauged = None if self._gauge is None else self._gauge.module
+            for place, (module, weights) in enumerate(by_module.values()):
+                self._hooks.append(ModuleHook(self, place, module, tuple(weights)))
+        gauged = [hook.place for hook in self._hooks if hook.module is self._gauged]
+        self._choice = Choice(len(self._hooks), tolerance, gauged)
+        self._attach()
+
+    def learn(self, passes: Sequence[Passed], rates: Sequence[float]) -> Chosen | None:
+        """Settles which modules the next step reads; returns what was chosen where that has just been done.
+
+        Args:
+            passes: what `take` gave.
+            rates: learning rate of every parameter group in this step.
+        """
+        if self._choice.learn(passes, rates):
+            self._attach()
+            return self._choice.chosen
+        return None
+
+    def _attach(self) -> None:
+        while self._watching:
+            self._watching.pop().remove()
+        chosen = self._choice.chosen
+        for hook in self._hooks:
+            if chosen is None or hook.place in chosen.read:
+                self._watching.append(hook.module.register_forward_hook(hook))
 
     def open(self) -> None:
         """Forward passes of a training step follow."""
@@ -106,7 +135,7 @@ class LiveReader:
         """
         for one in self._passes:
             self._multiply(one)
-        passes = [one for one in self._passes if one.products()]
+        passes = [one for one in self._passes if one.parts or one.sides]
         gauged = None if self._gauge is None else self._gauge.compare()
         self.shut()
         return passes, gauged
@@ -148,11 +177,12 @@ class LiveReader:
             inputs["input_ids"] = tokens
         if named is not None:
             inputs["example_id"] = named
-        self._current = Passed(inputs, (shown.shape[0], shown.shape[1]), "position_ids" in inputs)
+        shape, choice = (shown.shape[0], shown.shape[1]), self._choice
+        self._current = Passed(inputs, shape, "position_ids" in inputs, apart=choice.apart, rest=choice.rest)
         self._passes.append(self._current)
 
     @_harmless
-    def read_module(self, hook: _ModuleHook, given: Tensor, output: Tensor) -> None:
+    def read_module(self, hook: ModuleHook, given: Tensor, output: Tensor) -> None:
         """Takes what goes into a module, and asks for the gradient of what comes out."""
         passed = self._current
         if passed is None or not output.requires_grad:
@@ -168,15 +198,13 @@ class LiveReader:
             self.unread.update(weight.name for weight in hook.weights)
             return
         gauge = self._gauge if self._gauged is hook.module else None
-        output.register_hook(
-            functools.partial(self._leave, passed, hook.weights, parts, gauge, given if gauge else None)
-        )
+        output.register_hook(functools.partial(self._leave, passed, hook, parts, gauge, given if gauge else None))
 
     @_harmless
     def _leave(
         self,
         passed: Passed,
-        weights: tuple[WatchedWeight, ...],
+        hook: ModuleHook,
         parts: list[Any],
         gauge: Gauge | None,
         given: Tensor | None,
@@ -184,8 +212,8 @@ class LiveReader:
     ) -> None:
         passed.backward = True
         gradient = by_row(gradient.detach(), passed.shape)
-        for weight, part in zip(weights, parts, strict=True):
-            self._product(passed, weight, part, gradient)
+        for weight, part in zip(hook.weights, parts, strict=True):
+            self._product(passed, hook.place, weight, part, gradient)
         if gauge is not None and given is not None:
             gauge.add(given, gradient)
 
@@ -199,14 +227,14 @@ class LiveReader:
         # Few rows times many columns: several times faster than many rows times few columns.
         return self._as(factors.right, given.dtype, factors.scale if factors.core is None else 1.0) @ given.T
 
-    def _product(self, passed: Passed, weight: WatchedWeight, part: Any, gradient: Tensor) -> None:
+    def _product(self, passed: Passed, place: int, weight: WatchedWeight, part: Any, gradient: Tensor) -> None:
         """Adds the product of one weight's query gradients with every row's gradient."""
         factors = weight.factors
         if factors is None:
             exact = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
             by_bias = weight.kind == "bias"
             tokens = exact @ self._as(weight.table, exact.dtype) if by_bias else looked_up(weight, part, exact)
-            passed.add(weight.group, tokens if passed.by_token else tokens.sum(dim=1))
+            passed.parts.append((place, weight.group, tokens if passed.by_token else tokens.sum(dim=1)))
             return
         gradient = gradient.flatten(0, 1)
         if factors.features is not None:
@@ -218,13 +246,13 @@ class LiveReader:
             left = wide(left)
             left = self._as(factors.left, left.dtype, factors.scale if alone else 1.0) @ left
         if factors.core is None and len(left) <= _NARROW:
-            passed.sides.append((weight.group, left, part))
+            passed.sides.append((place, weight.group, left, part))
             return
         exact_type = torch.promote_types(left.dtype, torch.float32)
         core = None if factors.core is None else self._as(factors.core, exact_type, factors.scale)
         rows = (passed.shape[0], -1)
         out, into = left.to(exact_type).unflatten(1, rows), part.to(exact_type).unflatten(1, rows)
-        passed.add(weight.group, contract(out, into, core, by_token=passed.by_token))
+        passed.parts.append((place, weight.group, contract(out, into, core, by_token=passed.by_token)))
 
     def _as(self, matrix: Tensor | None, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         """A factor transposed, in the type it is to be multiplied in, times its scale; made once."""
@@ -234,71 +262,3 @@ class LiveReader:
         if found is None:
             found = self._casts[key] = (matrix * scale).to(dtype).transpose(-1, -2).contiguous()
         return found
-
-
-class _ModuleHook:
-    """A forward hook with the weights it is there for."""
-
-    def __init__(self, reader: LiveReader, module: nn.Module, weights: tuple[WatchedWeight, ...]) -> None:
-        self.reader, self.module, self.weights = reader, module, weights
-        factors, shape = weights[0].factors, getattr(module, "weight").shape  # noqa: B009
-        alone = len(weights) == 1 and factors is not None and factors.features is None
-        # What an adapter is made of goes the short way, for there are many: one product, in the backward pass.
-        self._narrow = alone and weights[0].kind == "linear" and min(shape) <= NARROW
-        if self._narrow:
-            reader._narrow.add(weights[0], *(reversed(shape) if isinstance(module, Conv1D) else shape))
-        # Of one query's matrix the few coordinates wait that it leads to.
-        self._short = alone and factors is not None and factors.core is None and factors.left is not None
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        reader = self.reader
-        passed = reader._current
-        if passed is None or not args:
-            return
-        narrow = self._narrow and not passed.by_token
-        plain = args[0].ndim == 3
-        short = self._short and reader._gauged is not module and args[0].dtype != torch.float16
-        if not plain or not (narrow or short):
-            reader.read_module(self, args[0], output)
-            return
-        try:
-            if output.requires_grad and not (passed.backward and id(self) in passed.seen):
-                passed.seen.add(id(self))
-                if args[0].shape[0] != passed.shape[0]:
-                    reader.unread.add(self.weights[0].name)
-                elif narrow:
-                    gauge = reader._gauge if reader._gauged is module else None
-                    output.register_hook(functools.partial(self._write_out, passed, args[0].detach(), gauge))
-                else:
-                    self._read(passed, args[0].detach(), output)
-        except Exception as error:  # noqa: BLE001  training must not notice
-            reader.fail(error)
-
-    def _write_out(self, passed: Passed, given: Tensor, gauge: Gauge | None, gradient: Tensor) -> None:
-        try:
-            passed.backward = True
-            rows = rows_of(gradient.detach(), given)
-            passed.narrow.append((self.weights[0], rows))
-            if gauge is not None:
-                gauge.add_rows(rows if gradient.shape[-1] <= given.shape[-1] else rows.transpose(1, 2))
-        except Exception as error:  # noqa: BLE001  training must not notice
-            self.reader.fail(error)
-
-    def _read(self, passed: Passed, given: Tensor, output: Tensor) -> None:
-        factors = self.weights[0].factors
-        assert factors is not None
-        part = given.flatten(0, 1).T
-        if factors.right is not None:
-            part = self.reader._as(factors.right, part.dtype, factors.scale) @ part
-        output.register_hook(functools.partial(self._leave, passed, factors, part))
-
-    def _leave(self, passed: Passed, factors: QueryFactors, part: Tensor, gradient: Tensor) -> None:
-        try:
-            passed.backward = True
-            left = wide(gradient.flatten(0, 1).T)
-            if factors.left is not None:
-                scale = factors.scale if factors.right is None else 1.0
-                left = self.reader._as(factors.left, left.dtype, scale) @ left
-            passed.sides.append((self.weights[0].group, left, part))
-        except Exception as error:  # noqa: BLE001  training must not notice
-            self.reader.fail(error)

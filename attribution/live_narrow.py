@@ -1,7 +1,7 @@
 """How are all queries held at once against gradients that are small enough to be written out, as an adapter's are?
 
-One product of both sides a module gives every row's gradient `[row, short, long]`, in the backward pass alone; then
-comes one product with the queries for all modules. Nothing is truncated, and a further query costs next to nothing.
+One product of both sides a module gives every row's gradient `[row, short, long]`, in the backward pass alone; at the
+step's end comes one with the queries. Nothing is truncated, and a further query costs next to nothing.
 """
 
 from __future__ import annotations
@@ -13,41 +13,31 @@ from torch import Tensor
 from attribution.live_pass import Passed
 from attribution.query_gradient import WatchedWeight
 
-NARROW = 32  # the shorter side of a weight whose rows' gradients are written out
-
 
 class NarrowQueries:
-    """The queries' gradients towards narrow weights, as one matrix for the weights that a pass has seen."""
+    """The queries' gradients towards narrow weights, as matrices."""
 
     def __init__(self) -> None:
-        self._lines: dict[int, Tensor] = {}
-        self._joined: dict[tuple[int, ...], Tensor] = {}
+        self._columns: dict[int, Tensor] = {}
 
     def clear(self) -> None:
         """Forgets them."""
-        self._lines.clear()
-        self._joined.clear()
+        self._columns.clear()
 
     def add(self, weight: WatchedWeight, d_out: int, d_in: int) -> None:
         """One more weight."""
         assert weight.factors is not None
         dense = weight.factors.dense(d_out, d_in)
-        self._lines[id(weight)] = (dense if d_out <= d_in else dense.transpose(1, 2)).flatten(1)
+        self._columns[id(weight)] = (dense if d_out <= d_in else dense.transpose(1, 2)).flatten(1).T.contiguous()
 
     def multiply(self, passed: Passed) -> None:
         """Turns the rows' gradients that a pass has collected into products with the queries."""
-        waiting: dict[tuple[int, torch.device], list[tuple[WatchedWeight, Tensor]]] = {}
-        for weight, gradients in passed.narrow:
-            waiting.setdefault((weight.group, gradients.device), []).append((weight, gradients))
+        for place, weight, gradients in passed.narrow:
+            columns = self._columns[id(weight)]
+            if columns.dtype != gradients.dtype or columns.device != gradients.device:
+                columns = self._columns[id(weight)] = columns.to(gradients)
+            passed.parts.append((place, weight.group, gradients.flatten(1) @ columns))
         passed.narrow = []
-        for (group, _), found in waiting.items():
-            whole = torch.cat([gradients.flatten(1) for _, gradients in found], dim=1)
-            passed.add(group, whole @ self._matrix(tuple(id(weight) for weight, _ in found), whole).T)
-
-    def _matrix(self, keys: tuple[int, ...], like: Tensor) -> Float[Tensor, "query number"]:
-        if keys not in self._joined:
-            self._joined[keys] = torch.cat([self._lines[key].to(like) for key in keys], dim=1)
-        return self._joined[keys]
 
 
 def rows_of(

@@ -20,9 +20,11 @@ class Passed:
         inputs: the model's keyword arguments that name its rows, on their device.
         shape: rows and tokens.
         by_token: rows hold several examples each, so that products are kept token by token.
-        sides: what is yet to be multiplied: (parameter group, left `[k, row * token]`, right likewise).
-        narrow: rows' gradients of small weights, written out `[row, short, long]`.
-        sums: parameter group -> sum over modules of <g, Q a> so far, `[row, query]`, or `[row, token, query]`.
+        sides: what is yet to be multiplied: (module's place, group, left `[k, row * token]`, right likewise).
+        narrow: rows' gradients of small weights, written out: (module's place, weight, `[row, short, long]`).
+        parts: (module's place, parameter group, <g, Q a> `[row, query]`, or `[row, token, query]`).
+        apart: whether parts are wanted module by module; else those that waited may be one, with place -1.
+        rest: `[query]`, what modules that were not read add to a row on average, as `Choice.rest`.
         backward: whether its backward has begun.
         seen: modules that were read in it.
     """
@@ -30,30 +32,39 @@ class Passed:
     inputs: dict[str, Any]
     shape: tuple[int, int]
     by_token: bool
-    sides: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
-    narrow: list[tuple[WatchedWeight, Tensor]] = field(default_factory=list)
-    sums: dict[int, Tensor] = field(default_factory=dict)
+    sides: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list)
+    narrow: list[tuple[int, WatchedWeight, Tensor]] = field(default_factory=list)
+    parts: list[tuple[int, int, Tensor]] = field(default_factory=list)
+    apart: bool = False
+    rest: Tensor | None = None
     backward: bool = False
     seen: set[int] = field(default_factory=set)
 
-    def add(self, group: int, product: Tensor) -> None:
-        """Adds one module's part."""
-        held = self.sums.get(group)
-        self.sums[group] = product if held is None else held.add_(product)
-
     def products(self) -> dict[int, Tensor]:
         """Parameter group -> <g, Q a> summed over modules; multiplies out what waited."""
-        waiting: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        for group, left, right in self.sides:
-            waiting.setdefault((group, left.shape[1]), []).append((left, right))
+        self._multiply_sides()
+        groups: dict[int, list[Tensor]] = {}
+        for _, group, product in self.parts:
+            groups.setdefault(group, []).append(product)
+        return {
+            group: torch.stack([product.to(found[0].device) for product in found]).sum(dim=0)
+            for group, found in groups.items()
+        }
+
+    def _multiply_sides(self) -> None:
+        waiting: dict[tuple[int, int, torch.device], list[tuple[int, Tensor, Tensor]]] = {}
+        for place, group, left, right in self.sides:
+            waiting.setdefault((group, left.shape[1], left.device), []).append((place, left, right))
         self.sides = []
-        for (group, _), pairs in waiting.items():
+        for (group, _, _), found in waiting.items():
             # One product for all modules: a step of a small model is mostly the cost of starting operations.
-            exact = torch.promote_types(pairs[0][0].dtype, torch.float32)
-            left, right = (torch.cat([pair[side].to(exact) for pair in pairs]) for side in (0, 1))
-            tokens = left.mul_(right).sum(dim=0).view(self.shape[0], -1, 1)
-            self.add(group, tokens if self.by_token else tokens.sum(dim=1))
-        return self.sums
+            exact = torch.promote_types(found[0][1].dtype, torch.float32)
+            left, right = (torch.cat([one[side].to(exact) for one in found]) for side in (1, 2))
+            tokens = left.mul_(right)
+            places, sizes = ([one[0] for one in found], [len(one[1]) for one in found]) if self.apart else ([-1], None)
+            for place, own in zip(places, [tokens] if sizes is None else tokens.split(sizes), strict=True):
+                summed = own.sum(dim=0).view(self.shape[0], -1, 1)
+                self.parts.append((place, group, summed if self.by_token else summed.sum(dim=1)))
 
 
 class UnreadableError(ValueError):

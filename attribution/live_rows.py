@@ -59,6 +59,8 @@ def weigh(passed: Passed, rates: Sequence[float], factor: Tensor | float) -> Pas
         factor: what gradients were scaled by on their way to the optimizer (clipping).
     """
     total = torch.as_tensor(sum(-rates[group] * product for group, product in passed.products().items()))
+    if passed.rest is not None and not passed.by_token:
+        total = total - rates[0] * passed.rest.to(total)
     return PassPushes(passed.inputs, passed.by_token, total * factor)
 
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+NARROW = 32  # the shorter side of a matrix that is kept whole for several queries: bases would save nothing
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
 
@@ -43,12 +44,13 @@ class QueryFactors:
 
     def dense(self, d_out: int, d_in: int) -> Float[Tensor, "query d_out d_in"]:
         """The matrices that the factors stand for; for tests and for a look."""
-        n_features = d_out if self.features is None else len(self.features)
-        dtype, device = self.kept.dtype, self.kept.device
-        left = torch.eye(n_features, dtype=dtype, device=device) if self.left is None else self.left
-        right = torch.eye(d_in, dtype=dtype, device=device) if self.right is None else self.right
-        core = torch.eye(left.shape[1], dtype=dtype, device=device)[None] if self.core is None else self.core
-        found = torch.einsum("or,qrs,is->qoi", left, core, right) * self.scale
+        left, right, found = self.left, self.right, self.core
+        if found is None:
+            found = (left @ right.T if left is not None and right is not None else _whole(left, right))[None]
+        else:
+            found = found if left is None else left @ found
+            found = found if right is None else found @ right.T
+        found = found * self.scale
         if self.features is None:
             return found
         whole = found.new_zeros(self.n_queries, d_out, d_in)
@@ -94,6 +96,11 @@ def join(parts: Sequence[Skinny], rank: int, features: Tensor | None = None) -> 
     """
     if len(parts) == 1:
         return _single(parts[0], features)
+    if all(part.left is None or part.right is None for part in parts):
+        matrices = torch.stack([_whole(part.left, part.right) for part in parts])
+        if min(matrices.shape[1:]) <= NARROW:
+            size = float(matrices.abs().max()) or 1.0
+            return QueryFactors(None, None, matrices / size, size, features, len(parts), matrices.new_ones(len(parts)))
     left = _basis([_columns(part.left, part.right) for part in parts], rank)
     right = _basis([_columns(part.right, part.left) for part in parts], rank)
     core = torch.stack([_core(left, right, part) for part in parts])
@@ -124,6 +131,13 @@ def _single(part: Skinny, features: Tensor | None) -> QueryFactors:
     return QueryFactors(left, sized / size, None, size, features, 1, kept)
 
 
+def _whole(left: Tensor | None, right: Tensor | None) -> Tensor:
+    """The product of which one side is the identity."""
+    found = left if right is None else right.T
+    assert found is not None
+    return found
+
+
 def _columns(side: Tensor | None, other: Tensor | None) -> Tensor:
     """Columns that span one side of a product, each as long as the product is in its direction."""
     if side is None:
@@ -142,9 +156,7 @@ def _basis(sides: Sequence[Tensor], rank: int) -> Tensor | None:
 def _core(left_basis: Tensor | None, right_basis: Tensor | None, part: Skinny) -> Tensor:
     left, right = _within(left_basis, part.left), _within(right_basis, part.right)
     if left is None or right is None:
-        found = left if right is None else right.T
-        assert found is not None
-        return found
+        return _whole(left, right)
     return left @ right.T
 
 

@@ -23,7 +23,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from attribution.live import _ModuleHook
+from attribution.live_hook import ModuleHook
 from attribution.live_rows import settle
 from benchmarks.figure import Figure
 from benchmarks.watched import HooksOff, random_personas
@@ -153,14 +153,14 @@ def _memory(training: Training, reader: Any) -> tuple[int, int]:
             lambda module, args: seen.update({id(module): args[0].numel() * args[0].element_size()})
         )
         for hook in {id(h): h for m in training.model.modules() for h in m._forward_hooks.values()}.values()
-        if isinstance(hook, _ModuleHook)
+        if isinstance(hook, ModuleHook)
     ]
     take = reader.take
 
     def counted() -> Any:
         nonlocal held
-        sides = [side for passed in reader._passes for _, left, right in passed.sides for side in (left, right)]
-        sides += [rows for passed in reader._passes for _, rows in passed.narrow]
+        sides = [side for passed in reader._passes for *_, left, right in passed.sides for side in (left, right)]
+        sides += [rows for passed in reader._passes for *_, rows in passed.narrow]
         held = sum(side.numel() * side.element_size() for side in sides)
         return take()
 

@@ -40,22 +40,21 @@ def random_personas(model: Any, traits: Sequence[str], layers: Sequence[int]) ->
 
 
 class HooksOff:
-    """Every hook on a model, taken off for a while."""
+    """Every hook that is on a model, taken off for a while."""
 
     KINDS = ("_forward_hooks", "_forward_pre_hooks")
 
     def __init__(self, model: nn.Module) -> None:
-        self._held = [
-            (module, kind, dict(getattr(module, kind)))
-            for module in model.modules()
-            for kind in self.KINDS
-            if getattr(module, kind)
-        ]
+        self._modules = list(model.modules())
+        self._held: list[tuple[dict[int, Any], dict[int, Any]]] = []
 
     def __enter__(self) -> None:
-        for module, kind, _ in self._held:
-            getattr(module, kind).clear()
+        # Looked up every time: which modules are hooked may change from step to step.
+        hooked = [getattr(module, kind) for module in self._modules for kind in self.KINDS]
+        self._held = [(hooks, dict(hooks)) for hooks in hooked if hooks]
+        for hooks, _ in self._held:
+            hooks.clear()
 
     def __exit__(self, *_: object) -> None:
-        for module, kind, hooks in self._held:
-            getattr(module, kind).update(hooks)
+        for hooks, held in self._held:
+            hooks.update(held)

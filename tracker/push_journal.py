@@ -8,6 +8,7 @@ recorded after s, so that a killed and resumed run reads like one that never was
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -35,6 +36,9 @@ CREATE INDEX steps_by_step ON steps (step);
 CREATE TABLE refreshes (id INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, step INTEGER NOT NULL, body TEXT NOT NULL,
     superseded_by INTEGER);
 """
+# Apart from the others, so that records without it are read as before.
+_CHOICES = """CREATE TABLE IF NOT EXISTS choices (id INTEGER PRIMARY KEY, attempt INTEGER NOT NULL,
+    step INTEGER NOT NULL, body TEXT NOT NULL, superseded_by INTEGER)"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +73,24 @@ class Refresh:
     missing: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class ModulesRead:
+    """From the next step on, until gradients are taken anew or all modules are read again, these were read.
+
+    Attributes:
+        step: optimizer steps done then.
+        n: how many modules.
+        of: out of how many.
+        left_out: query to what the others add to a row's push beyond their mean: root mean square over the rows of the
+            last steps that read all, in standard deviations of the push between those rows.
+    """
+
+    step: int
+    n: int
+    of: int
+    left_out: Mapping[str, float] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, eq=False)
 class Visits:
     """Every time that a row took part in a step of some window.
@@ -99,6 +121,7 @@ class PushJournal:
         self.queries = queries
         self._read_only = read_only
         self._numbers: dict[RowName, int] = {}
+        self._kept: tuple[int, sqlite3.Connection] | None = None  # the writer's, with its process
 
     @classmethod
     def start(cls, run_dir: Path | str, step: int, queries: Sequence[str]) -> PushJournal:
@@ -117,6 +140,7 @@ class PushJournal:
                 connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 connection.execute(f"PRAGMA user_version = {_VERSION}")
             _check(journal.path, connection)
+            connection.execute(_CHOICES)
             (journal.attempt,) = connection.execute("SELECT coalesce(max(number) + 1, 0) FROM attempts").fetchone()
             connection.execute(
                 "INSERT INTO attempts VALUES (?, ?, ?)", (journal.attempt, step, json.dumps(list(queries)))
@@ -126,10 +150,11 @@ class PushJournal:
             connection.execute(
                 "UPDATE steps SET superseded_by = ? WHERE step > ? AND superseded_by IS NULL", (journal.attempt, kept)
             )
-            connection.execute(
-                "UPDATE refreshes SET superseded_by = ? WHERE step >= ? AND superseded_by IS NULL",
-                (journal.attempt, kept),
-            )
+            for table in ("refreshes", "choices"):
+                connection.execute(
+                    f"UPDATE {table} SET superseded_by = ? WHERE step >= ? AND superseded_by IS NULL",
+                    (journal.attempt, kept),
+                )
         return journal
 
     @classmethod
@@ -192,6 +217,30 @@ class PushJournal:
             ).fetchall()
         bodies = [(step, json.loads(body)) for step, body in found]
         return [Refresh(step, body["metric"], body["kept"], tuple(body["missing"])) for step, body in bodies]
+
+    def chose(self, choice: ModulesRead) -> None:
+        """Commits which modules are read from now on."""
+        body = json.dumps({"n": choice.n, "of": choice.of, "left_out": dict(choice.left_out)})
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT INTO choices (attempt, step, body) VALUES (?, ?, ?)", (self.attempt, choice.step, body)
+            )
+
+    def choices(self) -> list[ModulesRead]:
+        """When it was settled that not all modules are read, by step."""
+        with self._reading() as connection:
+            if not connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'choices'").fetchone()[0]:
+                return []
+            found = connection.execute(
+                "SELECT step, body FROM choices WHERE superseded_by IS NULL ORDER BY step, id"
+            ).fetchall()
+        return [ModulesRead(step, **json.loads(body)) for step, body in found]
+
+    def close(self) -> None:
+        """Lets go of the file. Harmless twice; a later write opens it again."""
+        if self._kept is not None and self._kept[0] == os.getpid():
+            self._kept[1].close()
+        self._kept = None
 
     def last_step(self) -> int:
         """The newest step recorded, 0 where there is none."""
@@ -269,13 +318,24 @@ class PushJournal:
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        # A connection a call: reads come from other threads and processes, and writes are one in ten steps.
+        # Reads come from other threads and processes: a connection a call. The writer keeps its own, for closing the
+        # last one folds the log into the file, which waits for the disk.
+        if self._read_only:
+            with closing(self._connect()) as connection:
+                yield connection
+            return
+        if self._kept is None or self._kept[0] != os.getpid() or not self.path.exists():
+            connection = self._connect()
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            self._kept = (os.getpid(), connection)
+        yield self._kept[1]
+
+    def _connect(self) -> sqlite3.Connection:
         uri = f"file:{quote(str(self.path.absolute()))}" + ("?mode=ro" if self._read_only else "")
-        with closing(sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)) as connection:
-            if not self._read_only:
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute("PRAGMA synchronous = NORMAL")
-            yield connection
+        return sqlite3.connect(
+            uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=self._read_only
+        )
 
 
 def _number(connection: sqlite3.Connection, known: dict[RowName, int], name: RowName) -> int:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attribution.live import LiveReader
+from attribution.live_choice import Chosen
 from attribution.live_rows import PassPushes, settle, weigh
 from attribution.query_gradient import watch_queries
 from diffing.errors import CaptureError, InputError
@@ -22,7 +23,7 @@ from tracker.probes.axes import SiteAxes, group_axes
 from tracker.probes.base import RunningProbe, Subject
 from tracker.probes.persona_prompts import device_of, tokenize_probes
 from tracker.processes import n_processes
-from tracker.push_journal import PushJournal, Refresh, StepPushes
+from tracker.push_journal import ModulesRead, PushJournal, Refresh, StepPushes
 from tracker.schedule import Schedule
 from tracker.signals import Alert, DriftSignal
 from tracker.undisturbed import undisturbed
@@ -50,7 +51,10 @@ class LivePush:
     step, and over steps. Momentum delays an update and hardly changes its sum; weight decay belongs to no row. grad p
     and P are taken anew every now and then (`refresh`), outside the step; in between they are held.
 
-    Cost: no backward is added to a step. In it, two narrow products a trained matrix below the personas' site.
+    Cost: no backward is added to a step. In it, two narrow products a module that is read. Most steps read only the
+    few modules whose sum tells the rows' pushes to within `tolerance`; all are read for a few steps after every refresh
+    and from time to time, to choose these anew. The others' mean is added to every row, and the record says how many
+    were read and what they left out.
 
     Attributes:
         vectors: the personas; of each trait the best separated vector is watched.
@@ -58,6 +62,9 @@ class LivePush:
         schedule: when pushes are written to the run directory and summed into `persona/<trait>/<site>/push`.
         refresh: when gradients are taken anew; saved checkpoints are always among these steps.
         adam: divide by the root of Adam's second moments.
+        tolerance: how far a row's push may be off for modules that are not read: root mean square, in standard
+            deviations between rows. 0: every step reads all.
+        n_prompts: how many of the prompts gradients are taken on, evenly spread; 0: all.
         rank: coordinates that a weight matrix's gradient is kept in; what that leaves of it is recorded. 0: exact.
         every: read every n-th step only; the cost falls likewise, and rows of the steps between are not recorded.
         max_length: tokens a prompt may have.
@@ -68,6 +75,8 @@ class LivePush:
     schedule: Schedule | None = _OFTEN
     refresh: Schedule = _REFRESH
     adam: bool = True
+    tolerance: float = 0.2
+    n_prompts: int = 32
     rank: int = 16
     every: int = 1
     max_length: int = 512
@@ -89,10 +98,12 @@ class LivePush:
         if reason is not None:
             raise InputError(reason)
         axes = group_axes(subject.model, _best_of_each_trait(self.vectors))
-        tokens = tokenize_probes(subject, self.prompts, self.max_length)
+        prompts = _spread(self.prompts, self.n_prompts)
+        tokens = tokenize_probes(subject, prompts, self.max_length)
         batches = tuple(tokens.batches(max_tokens=8192, device=device_of(subject.model)))
         names = tuple(name.removesuffix("/push") for one in axes for name in one.names("push"))
-        values = _Values(subject.model, axes, batches, len(self.prompts.prompts))
+        tap = Tap(subject.model, [one.site.site for one in axes], early_exit=True)
+        values = _Values(subject.model, tap, axes, batches, len(prompts))
         journal = PushJournal.start(subject.references.folder.parent, subject.step, names)
         return _Running(self, subject, values, journal)
 
@@ -113,6 +124,13 @@ def _why_not(subject: Subject) -> str | None:
     return None
 
 
+def _spread(prompts: PromptSet, most: int) -> PromptSet:
+    """So many of them, from the first to the last."""
+    if not 0 < most < len(prompts):
+        return prompts
+    return PromptSet(tuple(prompts.prompts[place * len(prompts) // most] for place in range(most)))
+
+
 def _best_of_each_trait(vectors: Sequence[PersonaVector]) -> list[PersonaVector]:
     best: dict[str, PersonaVector] = {}
     for vector in vectors:
@@ -126,14 +144,14 @@ class _Values:
     """The watched projections of the model as it is, with their graph."""
 
     model: nn.Module
+    tap: Tap
     axes: tuple[SiteAxes, ...]
     batches: tuple[TokenBatch, ...]
     n_prompts: int
 
     def __call__(self) -> Float[Tensor, " query"]:
-        tap = Tap(self.model, [one.site.site for one in self.axes], early_exit=True)
         total: list[Tensor] = []
-        with tap:
+        with self.tap as tap:
             for batch in self.batches:
                 last = torch.tensor(batch.lengths, device=device_of(self.model)) - 1
                 rows = torch.arange(len(last), device=last.device)
@@ -160,6 +178,7 @@ class _Running(RunningProbe):
         self._reading = False
         self._pending: list[tuple[int, list[PassPushes], Tensor | None]] = []
         self._unwritten: list[StepPushes] = []
+        self._chosen: list[tuple[int, Chosen]] = []
         self._totals = np.zeros(len(journal.queries))
         self._n_rows = 0
         self._n_steps = 0
@@ -185,6 +204,9 @@ class _Running(RunningProbe):
         rates = [float(group["lr"]) for group in self._optimizer.param_groups]
         factor = 1.0 if gauged is None else gauged[0]
         found = [weigh(one, rates, factor) for one in passes]
+        chosen = self._reader.learn(passes, rates)
+        if chosen is not None:
+            self._chosen.append((self._step + 1, chosen))
         self._pending.append((self._step + 1, found, None if gauged is None else gauged[1]))
 
     def end_step(self) -> None:
@@ -232,6 +254,10 @@ class _Running(RunningProbe):
                 problem = problem or f"no row's gradient was seen in step {step}"
         self._journal.record(self._unwritten)
         self._unwritten = []
+        chosen, self._chosen = self._chosen, []
+        for step, one in chosen:
+            left_out = dict(zip(self._journal.queries, one.left_out, strict=True))
+            self._journal.chose(ModulesRead(step, len(one.read), one.of, left_out))
         if problem:
             raise CaptureError(f"Pushes of rows were not read: {problem}.")
 
@@ -248,7 +274,7 @@ class _Running(RunningProbe):
                 adam=settings.adam,
                 rank=settings.rank,
             )
-        self._reader.watch(watched)
+        self._reader.watch(watched, settings.tolerance)
         self._watching = watched is not None
         self._refreshed = self._step
         if watched is not None:
@@ -289,7 +315,10 @@ class _Running(RunningProbe):
 
     def close(self) -> None:
         self._reader.close()
-        self._flush()
+        try:
+            self._flush()
+        finally:
+            self._journal.close()
 
 
 def _same_trait(query: str, signal: str) -> bool:
