@@ -32,6 +32,7 @@ BENCHMARKS = (
     "index",
     "steering",
     "alarms",
+    "recovery",
     "forecast",
     "screening",
     "canary",
