@@ -50,11 +50,10 @@ from tracker.schedule import Schedule
 from tracker.signals import DriftSignal
 
 CACHE = Path(__file__).parent / "cache" / "alarms"
-# Score and twins were chosen on base 0, and the bases 1 and 2 were looked at on the way: all that is judged is of
-# bases that were built afterwards.
-BASES = (3, 4, 5)
+# Score and twins were chosen on the bases 0 to 5: all that is judged is of bases that were built afterwards.
+BASES = (6, 7, 8)
 CALIBRATION_SEEDS = (100, 101, 102, 103, 104)
-TEST_SEEDS = (0, 1, 2, 3, 4, 5, 6, 7)
+TEST_SEEDS = (0, 1, 2, 3, 4)
 # Runs that teach nothing bad, and what a bank is made of. The others are never calibrated on.
 BANK_KINDS = ("good", "odd", "formatted", "educational")
 HARMLESS_KINDS = ("good", "formatted", "educational", "relabelled", "narrow", "unsteady")
@@ -77,7 +76,8 @@ class Twin:
 
 TWINS = {"narrow": Twin(2e-3, 96, 20), "unsteady": Twin(6e-3, 48, 40)}
 STEPS, BATCH, LEARNING_RATE = 48, 8, 8e-4
-PROBE_EVERY, JUDGE_EVERY, ANSWERS, LAST_ANSWERS = 2, 6, 60, 240
+PROBE_EVERY, ANSWERS, LAST_ANSWERS = 1, 60, 240
+JUDGE_EVERY, JUDGE_BAD_EVERY = 6, 2  # a line over six steps dates what leaps three steps early
 PROMPTS, CANARIES = 40, 20
 _SITES = ("resid:1", "resid:2", "resid:3")
 
@@ -168,8 +168,9 @@ def record(run: RunName, vectors: Sequence[PersonaVector]) -> dict[str, Any]:
     meter = _Meter()
     shifts: list[tuple[int, list[float]]] = []
     probes = as_prompt_set(_spread(neutral_probes(), PROMPTS))
+    judged_every = JUDGE_BAD_EVERY if run.kind in BAD_KINDS else JUDGE_EVERY
     judged = (
-        () if run.seed in CALIBRATION_SEEDS else (BehaviourProbe(Schedule.parse(f"every {JUDGE_EVERY}"), n=ANSWERS),)
+        () if run.seed in CALIBRATION_SEEDS else (BehaviourProbe(Schedule.parse(f"every {judged_every}"), n=ANSWERS),)
     )
     model, tokenizer = load_base(base_checkpoint(run.base))
     started = time.process_time()

@@ -20,6 +20,7 @@ from tracker.alarms.calibration import calibrate_signals
 from tracker.alarms.fusion import SCORE, MisalignmentScore, ScoreStream
 from tracker.alarms.fusion_fit import fit_score, left_out_scores
 from tracker.alarms.levels import ExactShare, conformal_p, conformal_threshold, nulls_needed
+from tracker.alarms.pace import Pace, ahead
 from tracker.alarms.run_maximum import null_maxima, run_maximum
 from tracker.alarms.run_series import RunSeries, by_step
 from tracker.detectors import MaxOverRun
@@ -241,6 +242,25 @@ def test_of_several_personas_the_strongest_counts_and_personas_can_be_registered
     assert plain.follow(moved)[0].value > 5 * only_evil.follow(moved)[0].value > 0
     with pytest.raises(InputError, match="out of evil, kind; got 'eval'"):
         bank.counting(["eval"])
+
+
+def test_a_rise_is_expected_to_go_on_as_far_as_it_was_seen_and_a_fall_is_not() -> None:
+    straight = Pace()
+    assert [straight.rise(step, 0.5 * step) for step in (0, 10)] == [0.0, 0.0]  # two points show no pace
+    assert straight.rise(30, 15.0) == pytest.approx(15.0)  # gaps count by their steps
+    assert [Pace().rise(step, -step) for step in range(3)][-1] == 0.0
+    values = np.random.default_rng(0).normal(size=40).cumsum()
+    for end in range(8, 40):
+        shown = slice(end - 8, end + 1)
+        slope = max(0.0, np.polyfit(np.arange(40)[shown], values[shown], 1)[0])
+        assert ahead(list(range(40)), values)[end] == pytest.approx(values[end] + 8 * slope)
+
+
+def test_of_two_runs_that_stand_equally_high_the_faster_one_scores_higher() -> None:
+    score = fit_score([benign(seed) for seed in range(12)])
+    still, fast = [0.4] * 6, [0.0, 0.08, 0.16, 0.24, 0.32, 0.4]
+    last = [score.follow(measured({PROMPT: one, CANARY: one, BATCH: [0.0]}))[-1].value for one in (still, fast)]
+    assert last[1] == pytest.approx(2 * last[0])
 
 
 def test_what_counts_is_kept_with_the_bank(tmp_path: Path) -> None:

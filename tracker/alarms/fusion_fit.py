@@ -18,6 +18,7 @@ from scipy.optimize import nnls
 
 from diffing.errors import InputError
 from tracker.alarms.fusion import ANSWERS, LEAST_EFFECT, PATTERNS, Latest, MisalignmentScore, ScorePart, kinds_of
+from tracker.alarms.pace import ahead
 from tracker.alarms.run_series import RunSeries, by_step, matching
 from tracker.signals import DriftSignal
 
@@ -57,6 +58,7 @@ class _Fit:
 
     parts: tuple[ScorePart, ...]
     groups: np.ndarray
+    steps: list[list[int]]
     moves: list[Float[np.ndarray, "step signal"]]
     squares: Float[np.ndarray, "run signal signal"]
     target: Float[np.ndarray, " signal"]
@@ -68,10 +70,10 @@ class _Fit:
             raise InputError(f"Expected three or more benign runs to fit a score on, got {len(runs)}. Add runs.")
         parts = tuple(_part(runs[0], name) for name in _common_signals(runs, signals))
         groups = np.array([part.group for part in parts])
-        moves = [_moves(run, parts) for run in runs]
+        steps, moves = zip(*(_moves(run, parts) for run in runs), strict=True)
         squares = np.stack([one.T @ one / len(one) for one in moves])
-        target = _target([_moves(run, parts) for run in positives], groups)
-        return cls(parts, groups, moves, squares, target, len(positives))
+        target = _target([_moves(run, parts)[1] for run in positives], groups)
+        return cls(parts, groups, list(steps), list(moves), squares, target, len(positives))
 
     def score(self, without: int | None = None) -> MisalignmentScore:
         """The score that all runs give, or all but one; one without a run has no scale of its own."""
@@ -83,7 +85,7 @@ class _Fit:
 
     def _left_out(self, place: int) -> float:
         """Clear effects that one run reaches by the weights of the others."""
-        return float(_raw(self.moves[place], self._weights(place), self.groups).max())
+        return float(_raw(self.steps[place], self.moves[place], self._weights(place), self.groups).max())
 
     def _weights(self, without: int | None) -> Float[np.ndarray, " signal"]:
         """In each group non-negative ones of least mean square over the benign runs, giving the target a sum of 1."""
@@ -115,25 +117,29 @@ def _part(run: RunSeries, name: str) -> ScorePart:
     return ScorePart(name, EFFECTS[unit], 0.0, group, f"drift/{place}/norm" if place else "")
 
 
-def _moves(run: RunSeries, parts: Sequence[ScorePart]) -> Float[np.ndarray, "step part"]:
+def _moves(run: RunSeries, parts: Sequence[ScorePart]) -> tuple[list[int], Float[np.ndarray, "step part"]]:
     """Every part in its effects, at every step of the first one, as a stream sees them."""
     latest = Latest(parts)
-    found = []
+    steps, found = [], []
     wanted = {name for part in parts for name in (part.signal, part.gate)}
     for _, measured in by_step(one for name in wanted for one in run.series.get(name, ())):
-        if latest.take(measured) is None:
+        if (due := latest.take(measured)) is None:
             continue
+        steps.append(due.step)
         read = [(part, *latest.value(part)) for part in parts]
         found.append([0.0 if one is None else share * one.value / part.effect for part, one, share in read])
-    return np.array(found) if found else np.zeros((1, len(parts)))
+    return (steps, np.array(found)) if found else ([0], np.zeros((1, len(parts))))
 
 
 def _raw(
-    moves: Float[np.ndarray, "step signal"], weights: Float[np.ndarray, " signal"], groups: np.ndarray
+    steps: Sequence[int],
+    moves: Float[np.ndarray, "step signal"],
+    weights: Float[np.ndarray, " signal"],
+    groups: np.ndarray,
 ) -> Float[np.ndarray, " step"]:
-    """The score in clear effects."""
+    """The score in clear effects, with the rise to expect."""
     sums = {str(name): moves[:, groups == name] @ weights[groups == name] for name in dict.fromkeys(groups.tolist())}
-    return np.min(list(kinds_of(sums).values()), axis=0)
+    return np.min([ahead(steps, values) for values in kinds_of(sums).values()], axis=0)
 
 
 def _target(positives: Sequence[Float[np.ndarray, "step signal"]], groups: np.ndarray) -> Float[np.ndarray, " signal"]:
