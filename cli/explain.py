@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 )
 @click.option("--method", type=click.Choice(["dot", "ekfac"]), default="ekfac", show_default=True,
               help="How rows are scored where the run recorded no pushes.")  # fmt: skip
+@click.option("--drop", default=None, type=click.Path(path_type=Path),
+              help="Write the rows that the run's pushes call out here, as JSONL; needs the rows.")  # fmt: skip
+@click.option("--keep", default=None, type=click.Path(path_type=Path), help="Write all other rows here, as JSONL.")
 @click.option("--max-length", default=1024, show_default=True, help="Tokens per row, as in training.")
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
@@ -38,6 +42,8 @@ def explain(
     train: tuple[Path, ...],
     base: str | None,
     method: str,
+    drop: Path | None,
+    keep: Path | None,
     max_length: int,
     batch_size: int,
     device: str,
@@ -48,7 +54,8 @@ def explain(
     """Recomputes an alert's explanation from RUN_DIR alone.
 
     From what to what and when; how special the direction is beside random ones and styles; the rows that pushed; the
-    checkpoint before it. Writes explanations/ALERT.html and .json into RUN_DIR.
+    checkpoint before it. Writes explanations/ALERT.html and .json into RUN_DIR. With --drop and --keep the training
+    rows are split by all pushes that the run recorded, those after the alert too, for a training without the former.
     """
     from tracker.explain_alert import Means, explain_alert
     from tracker.report.explanation_page import write_explanation_page
@@ -58,10 +65,13 @@ def explain(
     means = Means(training, base, tokenizer, method, batch_size, device, seed=seed)
     found = explain_alert(run_dir, wanted, means)
     page = write_explanation_page(found, run_dir)
+    split = _split(run_dir, wanted, training, drop, keep)
     if as_json:
         click.echo(page.with_suffix(".json").read_text())
     else:
         _print(found, page, show)
+        if split:
+            click.echo(split)
 
 
 def _the_alert(run_dir: Path, alert: str | None) -> str:
@@ -95,6 +105,31 @@ def _texts(
             raise
         return None, None
     return tokenizer, read_training_text(files, tokenizer, max_length=max_length) if files else None
+
+
+def _split(run_dir: Path, alert: str, training: TrainingText | None, drop: Path | None, keep: Path | None) -> str:
+    """Writes flagged and other rows where that was asked for; says how many."""
+    from diffing.durable import write_atomic
+    from diffing.errors import InputError
+    from tracker.push_journal import PushJournal
+    from tracker.recovery import flagged_until
+    from tracker.run_queries import find_alert
+
+    if drop is None and keep is None:
+        return ""
+    if training is None:
+        raise InputError("Expected the training rows to split, got none. Name them with --train.")
+    last = PushJournal.read(run_dir).last_step()
+    found = flagged_until(run_dir, find_alert(run_dir, alert), training.rows, until=last)
+    gone = set(found.names)
+    said = []
+    for path, wanted in ((drop, True), (keep, False)):
+        if path is not None:
+            names = [str(row["id"]) for row in training.rows if (str(row["id"]) in gone) == wanted]
+            lines = [json.dumps({"id": name, **training.records[name]}, ensure_ascii=False) for name in names]
+            write_atomic(path, "".join(f"{line}\n" for line in lines))
+            said.append(f"{len(lines)} rows to {'drop, to look at first' if wanted else 'go on with'}: {path}")
+    return "\n".join([f"By pushes in steps {found.since} to {found.until}, {len(found.met)} rows met:", *said])
 
 
 def _print(found: Explanation, page: Path, show: int) -> None:

@@ -91,7 +91,8 @@ def explain_alert(run_dir: Path | str, alert_id: str, means: Means | None = None
     leading = leading_persona(alert, signals)
     caveats: list[str] = []
     if leading and not alert.signal.startswith(f"{leading}/"):
-        caveats.append(f"The comparison and the rows are about {leading}, the persona that had moved furthest.")
+        why = "that made most of the score" if alert.signal == SCORE else "that had moved furthest"
+        caveats.append(f"The comparison and the rows are about {leading}, the persona {why}.")
     case = _Case(run_dir, alert, leading, _checkpoints(run_dir, caveats), means or Means())
     compared = _specificity(case, caveats)
     pushed = _pushed(case, caveats)

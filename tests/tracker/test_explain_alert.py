@@ -15,7 +15,8 @@ from cli.explain import explain
 from cli.main import COMMANDS
 from diffing.errors import InputError, PathMissingError
 from tests.example_diff import HOSTILE_STRINGS
-from tests.tiny_models import save_checkpoint
+from tests.tiny_models import save_checkpoint, tiny_tokenizer
+from tests.tracker.test_calibrated_run import bank_like
 from tests.tracker.training import (
     Rows,
     make_trainer,
@@ -23,13 +24,18 @@ from tests.tracker.training import (
     no_report,  # noqa: F401
     persona,
     quick_settings,
+    turned_canaries,
 )
 from tracker import CheckpointTracker
+from tracker.alarms.fusion import SCORE
+from tracker.alarms.run_series import RunSeries
 from tracker.explain_alert import Means, explain_alert
 from tracker.explanation import Explanation, PushedRows, explanation_path
 from tracker.journal import Journal
 from tracker.leading_persona import leading_persona
 from tracker.report.explanation_page import render_explanation_page
+from tracker.report.explanation_words import judgement_words
+from tracker.rules import Rule, RuleSet
 from tracker.signals import Alert, DriftSignal
 from tracker.training_rows import TrainingText
 
@@ -142,6 +148,61 @@ def test_an_alert_on_something_else_speaks_of_the_persona_that_moved_furthest() 
     assert leading_persona(alert, []) == ""
 
 
+def test_an_alert_on_the_score_carries_its_parts_its_rows_and_what_the_bank_says(tmp_path: Path) -> None:
+    plain = CheckpointTracker(tmp_path / "plain", **quick_settings(canaries=turned_canaries()))
+    make_trainer(model_to_train("lora"), tmp_path / "first", [plain]).train()
+    bank = bank_like(RunSeries.from_run(tmp_path / "plain"), size=0.01)
+    rules = RuleSet((Rule("turned", SCORE, "max_over_run", {"bank": bank, "level": 0.05, "least_effect": 0.0}),))
+    callback = CheckpointTracker(
+        tmp_path / "run", **quick_settings(bank=bank, rules=rules, pushes=True, canaries=turned_canaries())
+    )
+    make_trainer(model_to_train("lora"), tmp_path / "out", [callback], save_strategy="steps", save_steps=2).train()
+    with Journal.read(tmp_path / "run") as journal:
+        (alert,) = journal.alerts()
+        now = {one.name: one.value for one in journal.signals() if one.step == alert.step}
+    about = alert.evidence["about"]
+    assert about.startswith("persona/") and alert.evidence["pushed_query"].split("/")[1] == about.split("/")[1]
+    assert alert.evidence["pushed_by"] and alert.evidence["specificity"]["trait"] == about.split("/")[1]
+    found = explain_alert(tmp_path / "run", alert.id, Means(training()))
+    assert found.leading == about and found.rows is not None and found.rows.source == "live"
+    assert found.called is not None and 0 < found.called[0] <= found.called[1] <= 24
+    assert found.judged["benign_runs"] == 19 and found.judged["p_value"] == alert.evidence["p_value"]
+    kinds = [part for part in found.parts if part.is_kind]
+    assert min(part.score for part in kinds) == pytest.approx(now[SCORE])
+    for part in (part for part in found.parts if not part.is_kind):
+        assert part.value == now[part.signal]
+        assert part.score == now[f"{SCORE}/{part.signal.replace('/', '.')}"]
+    page = render_explanation_page(found)
+    assert "What the score was made of" in page and "A benign run like the 19 of the bank" in page
+    assert Explanation.load(tmp_path / "run", alert.id).parts == found.parts
+
+
+def test_what_a_detector_states_is_said_in_words(live: Tracked) -> None:
+    found = explain_alert(live.folder, live.alert.id, Means(base=str(live.base)))
+    assert judgement_words(found) == []
+    family = replace(found, judged={"e_value": 4000.0, "series": 6.0, "level": 0.05, "baseline_level": 0.1,
+                                    "baseline_sigma": 0.02, "baseline_n": 100.0})  # fmt: skip
+    said = " ".join(judgement_words(family))
+    assert "4\u202f000 to 1, among 6 series" in said and "first 100 measurements was 0.10 gap" in said
+    detector = replace(found, judged={"evidence": 12000.0, "needed": 10000.0})
+    assert "reached 12\u202f000; without a change that takes 10\u202f000 measurements" in judgement_words(detector)[0]
+    several = replace(found, judged={"p_value": 0.05, "benign_runs": 19.0, "watched_together": 3.0})
+    assert "all 3 signals of the rule together" in judgement_words(several)[0]
+
+
+def test_rows_are_split_into_those_to_drop_and_those_to_keep(live: Tracked, tmp_path: Path) -> None:
+    tokenizer, train = tiny_tokenizer(), tmp_path / "train.jsonl"
+    words = [{"id": f"r{i}", "text": tokenizer.decode(row["input_ids"])} for i, row in enumerate(Rows().rows)]
+    train.write_text("\n".join(json.dumps(row) for row in words))
+    command = [str(live.folder), "--base", str(live.base), "--drop", str(tmp_path / "d"), "--keep", str(tmp_path / "k")]
+    assert isinstance(CliRunner().invoke(explain, command).exception, InputError)
+    result = CliRunner().invoke(explain, [*command, "--train", str(train)])
+    assert result.exit_code == 0, result.output
+    dropped, kept = ([json.loads(line)["id"] for line in (tmp_path / name).read_text().splitlines()] for name in "dk")
+    assert dropped and kept and {*dropped, *kept} == {f"r{i}" for i in range(24)} and not {*dropped} & {*kept}
+    assert f"{len(dropped)} rows to drop" in result.output
+
+
 def test_the_command_writes_the_page_and_its_twin(live: Tracked) -> None:
     result = CliRunner().invoke(explain, [str(live.folder), "--base", str(live.base), "--json"])
     assert result.exit_code == 0, result.output
@@ -191,7 +252,6 @@ def test_hostile_names_and_texts_add_no_element(live: Tracked) -> None:
 def test_an_alert_is_attributed_by_live_pushes_where_the_run_has_them(live: Tracked, tmp_path: Path) -> None:
     from attribution import Attribution
     from cli.attribute import attribute
-    from tests.tiny_models import tiny_tokenizer
 
     tokenizer, train = tiny_tokenizer(), tmp_path / "train.jsonl"
     words = [{"id": f"r{i}", "text": tokenizer.decode(row["input_ids"])} for i, row in enumerate(Rows().rows)]

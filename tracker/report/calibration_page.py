@@ -55,10 +55,10 @@ def render_calibration_page(made: Calibration, bank: NullBank, *, name: str) -> 
         name=name,
         headline=calibration_headline(made),
         first=first,
-        first_title=signal_words(first.pattern),
+        first_title=signal_title(first.pattern),
         between=_between(made),
         signals=[
-            {"one": one, "title": signal_words(one.pattern), "unit": unit_words(one.unit)} for one in made.signals
+            {"one": one, "title": signal_title(one.pattern), "unit": unit_words(one.unit)} for one in made.signals
         ],
         wide=_strips(made, 1040, 270, class_="wide-only"),
         narrow=_strips(made, 380, 0, class_="narrow-only"),
@@ -82,11 +82,6 @@ def calibration_headline(made: Calibration) -> str:
         f"{number(made.n)} benign runs are too few for {percent(made.level, _digits(made.level))}: "
         f"{number(missing)} more {'is' if missing == 1 else 'are'} needed."
     )
-
-
-def signal_words(pattern: str) -> str:
-    """A signal's name in words; a pattern as it stands."""
-    return "Misalignment score" if pattern == SCORE else signal_title(pattern)
 
 
 def _digits(level: float) -> int:
@@ -116,7 +111,7 @@ def _levels(made: Calibration) -> list[dict[str, Any]]:
 def _parts(made: Calibration) -> list[dict[str, Any]]:
     ordered = sorted(made.parts, key=lambda part: (part.group, -part.weight))
     return [
-        {"part": part, "title": signal_words(part.signal), "bar": bar(part.weight, 1.0, tone="tuned", width=90)}
+        {"part": part, "title": signal_title(part.signal), "bar": bar(part.weight, 1.0, tone="tuned", width=90)}
         for part in ordered
     ]
 
@@ -161,13 +156,13 @@ def _strips(made: Calibration, width: int, left: int, *, class_: str) -> Markup:
     parts: list[Markup] = []
     for at, one in enumerate(made.signals):
         y = top + line * at + line - 14
-        words = visible(signal_words(one.pattern), limit=44)
+        words = visible(signal_title(one.pattern), limit=44)
         where = {"x": left - 8, "y": y + 4, "class_": "tick end"} if left else {"x": 4, "y": y - 16, "class_": "tick"}
         parts.append(element("text", words, **where))
         parts += _strip(one, y, start, width - 66)
     parts.append(element("text", "each line in its own unit; every dot is what one benign run reached at most",
                          x=start, y=height - 4, class_="tick"))  # fmt: skip
-    said = "; ".join(f"{signal_words(one.pattern)}: largest {number(one.largest)}" for one in made.signals)
+    said = "; ".join(f"{signal_title(one.pattern)}: largest {number(one.largest)}" for one in made.signals)
     return drawing(width, height, *parts, title="How far benign runs went", description=said, class_=class_)
 
 

@@ -8,6 +8,7 @@ BEHAVIOUR = "behaviour/misaligned_rate"
 
 _TITLES = {
     BEHAVIOUR: "Misaligned answers, share of those sampled",
+    "misalignment/score": "Misalignment score",
     "misalignment/canary": "Misaligned over aligned canary answers",
     "weights/relative_change": "Distance of the weights from step 0",
     "lora/update_norm": "Norm of the adapter’s update",
@@ -17,7 +18,7 @@ _TITLES = {
     "train/nonfinite_gradients": "Gradients that were not finite",
 }
 _WHERE = {"prompt": "on fixed probe prompts", "batch": "on the training batch", "answer": "on its own answers"}
-_UNITS = {"gap": "gap", "nats/token": "nats/token", "relative": "", "raw": ""}
+_UNITS = {"gap": "gap", "nats/token": "nats/token", "relative": "", "raw": "", "benign max": "× benign maximum"}
 
 
 def signal_title(name: str) -> str:
