@@ -11,6 +11,7 @@ Only rows that do not meet in the forward pass can be told apart: all causal lan
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec
 
@@ -49,14 +50,17 @@ class LiveReader:
 
     Args:
         model: the module that is trained. Keyword arguments named `example_id` are taken out before it sees them.
+        timed: whether hooks add up what they take.
 
     Attributes:
+        seconds: what hooks took since `open`, where they are timed.
         problem: the first thing that went wrong in a hook, or ``.
         unread: names of watched weights whose module does not show its tokens row by row.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, timed: bool = False) -> None:
         self._model = model
+        self.timed, self.seconds = timed, 0.0
         self._handles: list[Any] = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         self._hooks: list[ModuleHook] = []
         self._watching: list[Any] = []  # handles of those that are on
@@ -117,7 +121,7 @@ class LiveReader:
 
     def open(self) -> None:
         """Forward passes of a training step follow."""
-        self._open, self._current, self._passes = True, None, []
+        self._open, self._current, self._passes, self.seconds = True, None, [], 0.0
         if self._gauge is not None:
             self._gauge.total = None
 
@@ -143,6 +147,18 @@ class LiveReader:
     @_harmless
     def _multiply(self, passed: Passed) -> None:
         self._narrow.multiply(passed)
+
+    def counted(self, call: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        """The call, which adds what it takes to `seconds` where hooks are timed."""
+        if not self.timed:
+            return call
+
+        def timed(gradient: Tensor) -> None:
+            started = time.perf_counter()
+            call(gradient)
+            self.seconds += time.perf_counter() - started
+
+        return timed
 
     def fail(self, error: Exception) -> None:
         """Notes what went wrong in a hook and reads no more of this pass."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,22 +40,31 @@ class ModuleHook:
         passed = reader._current
         if passed is None or not args:
             return
+        if not reader.timed:
+            self._enter(passed, args[0], output)
+            return
+        started = time.perf_counter()
+        self._enter(passed, args[0], output)
+        reader.seconds += time.perf_counter() - started
+
+    def _enter(self, passed: Passed, given: Tensor, output: Any) -> None:
+        reader = self.reader
         narrow = self._narrow and not passed.by_token
-        plain = args[0].ndim == 3
-        short = self._short and reader._gauged is not module and args[0].dtype != torch.float16
-        if not plain or not (narrow or short):
-            reader.read_module(self, args[0], output)
+        short = self._short and reader._gauged is not self.module and given.dtype != torch.float16
+        if given.ndim != 3 or not (narrow or short):
+            reader.read_module(self, given, output)
             return
         try:
             if output.requires_grad and not (passed.backward and id(self) in passed.seen):
                 passed.seen.add(id(self))
-                if args[0].shape[0] != passed.shape[0]:
+                if given.shape[0] != passed.shape[0]:
                     reader.unread.add(self.weights[0].name)
                 elif narrow:
-                    gauge = reader._gauge if reader._gauged is module else None
-                    output.register_hook(functools.partial(self._write_out, passed, args[0].detach(), gauge))
+                    gauge = reader._gauge if reader._gauged is self.module else None
+                    leave = functools.partial(self._write_out, passed, given.detach(), gauge)
+                    output.register_hook(reader.counted(leave))
                 else:
-                    self._read(passed, args[0].detach(), output)
+                    self._read(passed, given.detach(), output)
         except Exception as error:  # noqa: BLE001  training must not notice
             reader.fail(error)
 
@@ -74,7 +84,7 @@ class ModuleHook:
         part = given.flatten(0, 1).T
         if factors.right is not None:
             part = self.reader._as(factors.right, part.dtype, factors.scale) @ part
-        output.register_hook(functools.partial(self._leave, passed, factors, part))
+        output.register_hook(self.reader.counted(functools.partial(self._leave, passed, factors, part)))
 
     def _leave(self, passed: Passed, factors: QueryFactors, part: Tensor, gradient: Tensor) -> None:
         try:

@@ -59,10 +59,12 @@ class Passed:
         for (group, _, _), found in waiting.items():
             # One product for all modules: a step of a small model is mostly the cost of starting operations.
             exact = torch.promote_types(found[0][1].dtype, torch.float32)
-            left, right = (torch.cat([one[side].to(exact) for one in found]) for side in (1, 2))
+            left = torch.cat([side.to(exact) for _, side, _ in found])
+            right = torch.cat([side.to(exact) for _, _, side in found])
             tokens = left.mul_(right)
-            places, sizes = ([one[0] for one in found], [len(one[1]) for one in found]) if self.apart else ([-1], None)
-            for place, own in zip(places, [tokens] if sizes is None else tokens.split(sizes), strict=True):
+            sizes = [len(one[1]) for one in found] if self.apart else [len(tokens)]
+            places = [one[0] for one in found] if self.apart else [-1]
+            for place, own in zip(places, tokens.split(sizes), strict=True):
                 summed = own.sum(dim=0).view(self.shape[0], -1, 1)
                 self.parts.append((place, group, summed if self.by_token else summed.sum(dim=1)))
 

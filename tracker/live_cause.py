@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from attribution import Attribution, AttributionRow, rank_rows
 from attribution.example import ExampleId, Row
 from attribution.live_rows import row_names
-from tracker.push_journal import PushJournal, Refresh, Visits
+from tracker.push_journal import PushJournal, Refresh, Visits, coverage
 
 _NAMELESS = (
     "Rows without an `example_id` in their batch are named by a hash of their tokens and labels: the Trainer drops "
@@ -64,7 +64,11 @@ def live_attribution(
         rows=rank_rows(scores, names, texts=texts or {}, tags=tags, keep=keep),
         n_rows=len(names),
         steps=(start, stop),
-        caveats=(*_caveats(refreshes, trait), *([] if rows or not names else [_NAMELESS])),
+        caveats=(
+            *_caveats(refreshes, trait),
+            *_left_out(journal, visits, trait, start, stop),
+            *([] if rows or not names else [_NAMELESS]),
+        ),
     )
 
 
@@ -97,3 +101,18 @@ def _caveats(refreshes: Sequence[Refresh], trait: str) -> tuple[str, ...]:
         if refreshes[0].step > 0:
             notes.append(f"The first {refreshes[0].step} step(s) are not recorded: Adam had no second moments yet.")
     return tuple(notes)
+
+
+def _left_out(journal: PushJournal, visits: Visits, trait: str, start: int, stop: int) -> Iterator[str]:
+    """Steps that were not read, and modules."""
+    n_read, n_steps = coverage(visits.step, start, stop)
+    if n_read < n_steps:
+        yield f"Pushes were read in {n_read} of {n_steps} steps: rows of the others have none, or not all of theirs."
+    choices = [one for one in journal.choices() if one.step < stop]
+    if choices:
+        parts = [share for one in choices for name, share in one.left_out.items() if trait in [*name.split("/"), name]]
+        fewest = min(one.n for one in choices)
+        yield (
+            f"Between readings of all {choices[0].of} modules, {fewest} or more that carry the pushes are read: "
+            f"the others moved a row's push by {max(parts, default=0.0):.2f} of the spread between rows, or less."
+        )

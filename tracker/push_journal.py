@@ -112,6 +112,19 @@ class Visits:
         return np.bincount(self.row, weights=self.push, minlength=len(self.names))
 
 
+def coverage(steps: np.ndarray, since: int, until: int) -> tuple[int, int]:
+    """How many of the steps since the first that was read are among `steps`, and how many there were.
+
+    Args:
+        steps: of every visit in the window.
+        since: first step of the window.
+        until: its last step.
+    """
+    if not len(steps):
+        return 0, until - since + 1
+    return len(np.unique(steps)), until - max(since, int(steps.min())) + 1
+
+
 class PushJournal:
     """The record of pushes of one run. Made for writing by `start`, for reading by `read`."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,10 @@ from diffing.prompts import PromptSet, TokenBatch
 from diffing.tap import Tap
 from tracker.probes.axes import SiteAxes, group_axes
 from tracker.probes.base import RunningProbe, Subject
+from tracker.probes.pace import Pace
 from tracker.probes.persona_prompts import device_of, tokenize_probes
 from tracker.processes import n_processes
-from tracker.push_journal import ModulesRead, PushJournal, Refresh, StepPushes
+from tracker.push_journal import ModulesRead, PushJournal, Refresh, StepPushes, coverage
 from tracker.schedule import Schedule
 from tracker.signals import Alert, DriftSignal
 from tracker.undisturbed import undisturbed
@@ -66,6 +68,10 @@ class LivePush:
             deviations between rows. 0: every step reads all.
         n_prompts: how many of the prompts gradients are taken on, evenly spread; 0: all.
         rank: coordinates that a weight matrix's gradient is kept in; what that leaves of it is recorded. 0: exact.
+        budget: share of the training's own time that all this may cost, such as 0.02. Steps are then left out, and
+            fresh gradients wait, as the clock demands; where steps take a second, none is. Rows of steps that were left
+            out have no pushes; rankings and alerts say how many steps were read. Which ones they are is not the same
+            twice, nor after a resume. None: no limit.
         every: read every n-th step only; the cost falls likewise, and rows of the steps between are not recorded.
         max_length: tokens a prompt may have.
     """
@@ -78,6 +84,7 @@ class LivePush:
     tolerance: float = 0.2
     n_prompts: int = 32
     rank: int = 16
+    budget: float | None = None
     every: int = 1
     max_length: int = 512
 
@@ -90,13 +97,16 @@ class LivePush:
         """Takes the first gradients and hooks the modules.
 
         Raises:
-            InputError: the training cannot be read: it is compiled, spread over processes, or has no optimizer.
+            InputError: the training cannot be read: it is compiled, spread over processes, or has no optimizer; or the
+                budget is none.
             PersonaError: a vector does not fit the model.
             PromptError: a prompt is longer than `max_length`.
         """
         reason = _why_not(subject)
         if reason is not None:
             raise InputError(reason)
+        if self.budget is not None and not 0 < self.budget < 1:
+            raise InputError(f"Expected a budget between 0 and 1 of the training's time, got {self.budget:g}.")
         axes = group_axes(subject.model, _best_of_each_trait(self.vectors))
         prompts = _spread(self.prompts, self.n_prompts)
         tokens = tokenize_probes(subject, prompts, self.max_length)
@@ -182,7 +192,9 @@ class _Running(RunningProbe):
         self._totals = np.zeros(len(journal.queries))
         self._n_rows = 0
         self._n_steps = 0
-        self._reader = LiveReader(subject.model)
+        self._pace = Pace(settings.budget)
+        self._reader = LiveReader(subject.model, timed=self._pace.limited)
+        self._due = False  # whether gradients wait to be taken anew
         try:
             self._refresh()
         except BaseException:
@@ -192,7 +204,8 @@ class _Running(RunningProbe):
     # -- one training step ---------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
-        self._reading = self._watching and (self._step + 1) % self._settings.every == 0
+        affordable = self._pace.begin()
+        self._reading = self._watching and affordable and (self._step + 1) % self._settings.every == 0
         if self._reading:
             self._reader.open()
 
@@ -200,11 +213,13 @@ class _Running(RunningProbe):
         if not self._reading:
             return
         self._reading = False
-        passes, gauged = self._reader.take()
-        rates = [float(group["lr"]) for group in self._optimizer.param_groups]
-        factor = 1.0 if gauged is None else gauged[0]
-        found = [weigh(one, rates, factor) for one in passes]
-        chosen = self._reader.learn(passes, rates)
+        with self._pace.reading():
+            passes, gauged = self._reader.take()
+            rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+            factor = 1.0 if gauged is None else gauged[0]
+            found = [weigh(one, rates, factor) for one in passes]
+            chosen = self._reader.learn(passes, rates)
+        self._pace.paid(self._reader.seconds)
         if chosen is not None:
             self._chosen.append((self._step + 1, chosen))
         self._pending.append((self._step + 1, found, None if gauged is None else gauged[1]))
@@ -214,14 +229,17 @@ class _Running(RunningProbe):
             self.before_update()  # a loop that does not say when its gradients are complete
         self._step += 1
         self._reader.shut()
-        if self._settings.refresh.due(self._step):
-            self._refresh()
+        self._due |= self._settings.refresh.due(self._step)
+        if self._due and (not self._watching or self._pace.may_refresh()):
+            with self._pace.refreshing():
+                self._refresh()
 
     # -- recording -----------------------------------------------------------------------------------------------
 
     def measure(self, step: int) -> list[DriftSignal]:
         self._step = step
-        self._flush()
+        with self._pace.reading() if self._pending else nullcontext():
+            self._flush()
         if not self._n_steps:
             return []
         totals, n_rows = self._totals, self._n_rows
@@ -262,6 +280,7 @@ class _Running(RunningProbe):
             raise CaptureError(f"Pushes of rows were not read: {problem}.")
 
     def _refresh(self) -> None:
+        self._due = False
         if self._refreshed == self._step:
             return
         settings = self._settings
@@ -298,7 +317,9 @@ class _Running(RunningProbe):
         totals = visits.totals()
         order = np.argsort(-totals, kind="stable")[:ROWS_IN_ALERT]
         rows = [{"example": visits.names[index].example, "push": float(totals[index])} for index in order]
-        return {"pushed_by": rows, "pushed_in": [since, alert.step], "pushed_query": place}
+        found = {"pushed_by": rows, "pushed_in": [since, alert.step], "pushed_query": place}
+        n_read, n_steps = coverage(visits.step, since, alert.step)
+        return found if n_read == n_steps else {**found, "pushed_steps_read": [n_read, n_steps]}
 
     # -- restarts --------------------------------------------------------------------------------------------------
 
