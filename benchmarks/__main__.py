@@ -29,6 +29,7 @@ BENCHMARKS = (
     "quantised",
     "timeline",
     "push",
+    "budget",
     "index",
     "steering",
     "alarms",
