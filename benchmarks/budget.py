@@ -181,7 +181,7 @@ def follow(loop: Loop, tracker: Tracker, windows: int) -> Live:
     return Live(times[0].sum(axis=1), times[1].sum(axis=1), parts, beside, n_alerts)
 
 
-def run(windows: int = 7) -> list[Figure]:
+def run(windows: int = 6) -> list[Figure]:
     """One persona, as the demo watches, and seven; pushes of every step, and of as many as 1 % of the time allows."""
     torch.set_num_threads(1)
     figures: list[Figure] = []

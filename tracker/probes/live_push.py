@@ -81,7 +81,7 @@ class LivePush:
     schedule: Schedule | None = _OFTEN
     refresh: Schedule = _REFRESH
     adam: bool = True
-    tolerance: float = 0.2
+    tolerance: float = 0.15
     n_prompts: int = 32
     rank: int = 16
     budget: float | None = None
