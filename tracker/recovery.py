@@ -31,7 +31,7 @@ from tracker.journal import Journal
 from tracker.leading_persona import leading_persona
 from tracker.run_queries import persona_of, probe_inputs_of, projection_query
 from tracker.signals import Alert
-from tracker.unmet_rows import flag_unmet
+from tracker.unmet_rows import as_hard_as, flag_unmet
 
 _CLEAN = 0.25  # of the way from a signal's start to its threshold
 ROLLBACK, DROPPED = "rollback", "rows dropped"
@@ -75,6 +75,9 @@ def train_with_recovery(
     every training step recorded (`pushes=True`). What no step had met by then is judged by its gradient at the alert's
     weights, at the cost of a pass over these rows.
 
+    An alert that comes again sends the training further back than the one before. It drops only rows that push a
+    quarter as hard as those that were dropped before, and none where there are none.
+
     Args:
         trainer: with a `CheckpointTracker` among its callbacks.
         most: recoveries; an alert after the last of them stops the training.
@@ -95,33 +98,42 @@ def train_with_recovery(
         )
     callback = _tracker_of(trainer)
     made: list[Recovered] = []
+    gone: list[Row] = []
     start = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
     while True:
         trainer.train(resume_from_checkpoint=start)
         wanted = callback.tracker.wanted_recovery
         if wanted is None or len(made) == most:
             return tuple(made)
-        recovered = _prepare(trainer, callback, wanted, drop_share, judge_unmet)
+        earlier = made[-1].step if made else None
+        recovered = _prepare(trainer, callback, wanted, _Drop(drop_share, judge_unmet, gone), earlier)
         made.append(recovered)
         _log.warning("Going on from step %d after %s.", recovered.step, recovered.alert.id)
         start = str(recovered.checkpoint)
 
 
-def clean_checkpoint(journal: Journal, alert: Alert) -> CheckpointSaved:
+def clean_checkpoint(journal: Journal, alert: Alert, *, before: int | None = None) -> CheckpointSaved:
     """The newest complete checkpoint at which the signal had gone a quarter of its way to the threshold at most.
 
     Where there is none, the newest one before the alert's stretch began. A model half of the way there goes the rest
     by itself: the optimizer's moments of the rows that are dropped are in the checkpoint too.
+
+    Args:
+        journal: of the run.
+        alert: what was raised.
+        before: a step that was gone back to already, and was not clean enough: an earlier one, where there is any.
 
     Raises:
         InputError: no checkpoint was saved before the stretch.
     """
     saved = [event for event in journal.events() if isinstance(event, CheckpointSaved) and event.step < alert.since]
     whole = [event for event in sorted(saved, key=lambda one: -one.step) if why_incomplete(event.path) is None]
+    if before is not None:
+        whole = [event for event in whole if event.step < before] or whole
     series = [one for one in journal.signals(alert.signal) if one.step < alert.since and math.isfinite(one.value)]
     for event in whole:
-        before = [one.value for one in series if one.step <= event.step]
-        if not before or before[-1] <= before[0] + _CLEAN * (alert.threshold - before[0]):
+        values = [one.value for one in series if one.step <= event.step]
+        if not values or values[-1] <= values[0] + _CLEAN * (alert.threshold - values[0]):
             return event
     if whole:
         return whole[0]
@@ -160,22 +172,31 @@ def flagged_until(
     return flag_rows(run_dir, trait, rows, until=alert.step if until is None else until, share=share)
 
 
+@dataclass(frozen=True)
+class _Drop:
+    """How rows are dropped: at most which share, whether unmet ones too, and which are gone (grows)."""
+
+    share: float
+    judge_unmet: bool
+    gone: list[Row]
+
+
 def _prepare(
-    trainer: Trainer, callback: CheckpointTracker, wanted: WantedRecovery, share: float, judge_unmet: bool
+    trainer: Trainer, callback: CheckpointTracker, wanted: WantedRecovery, drop: _Drop, earlier: int | None
 ) -> Recovered:
     alert, actions = wanted.alert, wanted.actions
     run_dir = callback.tracker.output_dir
     with Journal.attach(run_dir) as journal:
-        clean = clean_checkpoint(journal, alert)
+        clean = clean_checkpoint(journal, alert, before=earlier)
         dropped: tuple[ExampleId, ...] = ()
         dataset: Any = trainer.train_dataset
         if "drop" in actions:
             rows = _token_rows(dataset)
-            flagged = flagged_until(run_dir, alert, rows, share=share)
-            if judge_unmet:
-                flagged = _with_unmet(trainer, run_dir, rows, flagged).first(share)
+            flagged = _rows_to_drop(trainer, run_dir, alert, rows, drop)
             dropped = flagged.names
-            trainer.train_dataset = dataset = _without(dataset, flagged.places)
+            drop.gone.extend(rows[place] for place in flagged.places)
+            if dropped:
+                trainer.train_dataset = dataset = _without(dataset, flagged.places)
         facts: dict[str, Any] = {"alert": alert.id, "from_step": alert.step, "to_step": clean.step}
         _record(journal, clean.step, ROLLBACK, facts, alert)
         if dropped:
@@ -186,12 +207,16 @@ def _prepare(
     return Recovered(alert, clean.path, clean.step, dropped, len(dataset), steered)
 
 
-def _with_unmet(trainer: Trainer, run_dir: Path, rows: Sequence[Row], flagged: FlaggedRows) -> FlaggedRows:
+def _rows_to_drop(trainer: Trainer, run_dir: Path, alert: Alert, rows: Sequence[Row], drop: _Drop) -> FlaggedRows:
     assert trainer.model is not None
-    device = str(trainer.args.device)
+    flagged = flagged_until(run_dir, alert, rows, share=drop.share)
+    if not (drop.judge_unmet or drop.gone):
+        return flagged
     vector = persona_of(run_dir, flagged.trait)
-    query = projection_query(vector, probe_inputs_of(run_dir), device=device)
-    return flag_unmet(trainer.model, rows, flagged, query)
+    query = projection_query(vector, probe_inputs_of(run_dir), device=str(trainer.args.device))
+    if drop.judge_unmet:
+        flagged = flag_unmet(trainer.model, rows, flagged, query)
+    return as_hard_as(trainer.model, rows, flagged, drop.gone, query).first(drop.share)
 
 
 def _record(journal: Journal, step: int, name: str, settings: Mapping[str, Any], alert: Alert) -> None:

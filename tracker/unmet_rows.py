@@ -1,7 +1,7 @@
-"""Which rows that no step has met yet would push as the flagged ones did?
+"""Which rows would push at these weights as rows do that are known to: rows not met yet, and rows flagged again?
 
-Their gradients are taken at the weights as they are when the alarm fires, beside those of some rows that were met:
-where gradients of now do not tell flagged from other met rows, they are not believed about unmet ones either.
+Gradients are taken at the weights as they are when the alarm fires, beside those of some rows that are known: where
+gradients of now do not tell flagged from other met rows, they are not believed about unmet ones either.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tracker.flagged_rows import FlaggedRows, name_of, two_groups
 
 _REFERENCES = 64  # rows of either kind
 _LEAST_AGREED = 0.9  # share of pairs of a flagged and another met row that gradients of now must order alike
+_AS_HARD = 0.25  # of what dropped rows push
 _log = logging.getLogger(__name__)
 
 
@@ -65,6 +66,43 @@ def flag_unmet(model: nn.Module, rows: Sequence[Any], flagged: FlaggedRows, quer
     added = tuple(place for push, place in further if push > threshold)
     names = tuple(name_of(rows[place]) for place in added)
     return replace(flagged, places=(*flagged.places, *added), names=(*flagged.names, *names))
+
+
+def as_hard_as(
+    model: nn.Module, rows: Sequence[Any], flagged: FlaggedRows, gone: Sequence[Any], query: Query
+) -> FlaggedRows:
+    """Those flagged rows that push, at these weights, a quarter as hard at least as rows that were dropped before.
+
+    Any rows fall into two groups. Where those that did it are gone already, the stronger half of what is left is no
+    reason to drop it.
+
+    Args:
+        model: as it was when the alarm fired again.
+        rows: the dataset as it is now, tokenised.
+        flagged: what the run's record calls out among them.
+        gone: rows that earlier recoveries dropped.
+        query: what the rows pushed.
+
+    Cost: one forward and backward over the flagged rows and 64 others.
+    """
+    known = [gone[place] for place in _spread(range(len(gone)))]
+    if not known or not flagged.places:
+        return flagged
+    asked = [*known, *(rows[place] for place in flagged.places)]
+    try:
+        found = measure_pushes(model, [_labelled(row) for row in asked], [query])
+    except PalimpsestError as error:
+        _log.warning("%d rows are dropped without a look at what they push now: %s", len(flagged.places), error)
+        return flagged
+    pushes = found.scores[0] / np.maximum(1, found.tokens)
+    least = _AS_HARD * float(np.median(pushes[: len(known)]))
+    strong = [at for at, push in enumerate(pushes[len(known) :]) if push >= max(least, 0.0)]
+    return replace(
+        flagged,
+        places=tuple(flagged.places[at] for at in strong),
+        names=tuple(flagged.names[at] for at in strong),
+        pushes=tuple(flagged.pushes[at] for at in strong if at < len(flagged.pushes)),
+    )
 
 
 def _spread(places: Sequence[int]) -> list[int]:

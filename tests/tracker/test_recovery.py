@@ -24,7 +24,7 @@ from tracker.recovery import clean_checkpoint, flagged_until, train_with_recover
 from tracker.rules import Rule, RuleSet
 from tracker.run_queries import persona_of, probe_inputs_of, projection_query
 from tracker.signals import Alert, DriftSignal
-from tracker.unmet_rows import flag_unmet
+from tracker.unmet_rows import as_hard_as, flag_unmet
 
 SIGNAL = "persona/villain/L1/prompt"
 
@@ -188,6 +188,8 @@ def test_a_clean_checkpoint_is_one_at_which_the_signal_had_hardly_left_its_start
         # From 0.1 to a threshold of 0.5: a quarter of the way is 0.2.
         assert clean_checkpoint(journal, alert_at(70, 60)).step == 30
         assert clean_checkpoint(journal, alert_at(70, 60, signal="unknown")).step == 50
+        assert clean_checkpoint(journal, alert_at(70, 60), before=30).step == 20
+        assert clean_checkpoint(journal, alert_at(70, 60), before=0).step == 30
 
 
 def test_rows_that_were_not_met_are_told_by_their_gradients_or_left_alone(run, caplog) -> None:
@@ -206,3 +208,20 @@ def test_rows_that_were_not_met_are_told_by_their_gradients_or_left_alone(run, c
     assert found.places[:4] == flagged.places and len(found.names) == len(found.places)
     turned = replace(flagged, places=good[:4])
     assert flag_unmet(trainer.model, rows, turned, query) is turned and "stay unjudged" in caplog.text
+
+
+def test_an_alert_that_comes_again_drops_only_rows_that_push_as_those_did(run) -> None:
+    trainer, callback, _ = run(pushes=True)
+    trainer.train()
+    rows = [{**Rows()[place], "id": str(place)} for place in range(24)]
+    folder = callback.tracker.output_dir
+    query = projection_query(persona_of(folder, "villain"), probe_inputs_of(folder))
+    whole = measure_pushes(trainer.model, rows, [query])
+    pushes = whole.scores[0] / whole.tokens
+    order = sorted(range(24), key=lambda place: -pushes[place])
+    assert pushes[order[0]] > 0 > pushes[order[-1]]
+    asked = (order[0], order[-1])
+    flagged = FlaggedRows("villain", asked, tuple(map(str, asked)), (2.0, 1.0), 0.5, 1.0, asked, 24, 1, 6)
+    found = as_hard_as(trainer.model, rows, flagged, [rows[place] for place in order[:3]], query)
+    assert (found.places, found.names, found.pushes) == ((order[0],), (str(order[0]),), (2.0,))
+    assert as_hard_as(trainer.model, rows, flagged, [], query) is flagged
