@@ -46,10 +46,7 @@ class Passed:
         groups: dict[int, list[Tensor]] = {}
         for _, group, product in self.parts:
             groups.setdefault(group, []).append(product)
-        return {
-            group: torch.stack([product.to(found[0].device) for product in found]).sum(dim=0)
-            for group, found in groups.items()
-        }
+        return {group: found[0] if len(found) == 1 else _sum(found) for group, found in groups.items()}
 
     def _multiply_sides(self) -> None:
         waiting: dict[tuple[int, int, torch.device], list[tuple[int, Tensor, Tensor]]] = {}
@@ -67,6 +64,10 @@ class Passed:
             for place, own in zip(places, tokens.split(sizes), strict=True):
                 summed = own.sum(dim=0).view(self.shape[0], -1, 1)
                 self.parts.append((place, group, summed if self.by_token else summed.sum(dim=1)))
+
+
+def _sum(products: list[Tensor]) -> Tensor:
+    return torch.stack([one.to(products[0].device) for one in products]).sum(dim=0)
 
 
 class UnreadableError(ValueError):

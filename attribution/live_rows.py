@@ -58,9 +58,10 @@ def weigh(passed: Passed, rates: Sequence[float], factor: Tensor | float) -> Pas
         rates: learning rate of every parameter group in this step.
         factor: what gradients were scaled by on their way to the optimizer (clipping).
     """
-    total = torch.as_tensor(sum(-rates[group] * product for group, product in passed.products().items()))
+    parts = [product * -rates[group] for group, product in passed.products().items()]
+    total = parts[0] if len(parts) == 1 else torch.as_tensor(sum(parts))
     if passed.rest is not None and not passed.by_token:
-        total = total - rates[0] * passed.rest.to(total)
+        total = total.sub(passed.rest.to(total), alpha=rates[0])
     return PassPushes(passed.inputs, passed.by_token, total * factor)
 
 
