@@ -47,8 +47,10 @@ def rows_of(
 
     Few rows times many columns is six times as fast as many rows times few columns.
     """
-    exact = torch.promote_types(output_gradient.dtype, torch.float32)
-    short, long = output_gradient.to(exact), given.to(exact)
+    short, long = output_gradient, given
+    if short.dtype != torch.float32 or long.dtype != torch.float32:
+        exact = torch.promote_types(short.dtype, torch.float32)
+        short, long = short.to(exact), long.to(exact)
     if short.shape[2] > long.shape[2]:
         short, long = long, short
     return torch.bmm(short.transpose(1, 2), long)

@@ -264,3 +264,34 @@ def test_truncation_keeps_what_it_says(n_queries):
         kept = near.square().sum(dim=(1, 2)) / exact.square().sum(dim=(1, 2))
         torch.testing.assert_close(two.factors.kept.double(), kept, rtol=1e-4, atol=1e-6)
     assert all(a < b for a, b in zip(small.kept, whole.kept, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "lora"])
+def test_few_modules_give_nearly_the_pushes_of_all(family):
+    model = quiet(FAMILIES[family]())
+    (batch,) = batches(random_rows(40), 40)
+    optimizer = trained(model, batch)
+    watched = watch_queries(model, ["q"], query_values(model, 1), optimizer=optimizer, rank=0)
+    assert watched is not None
+    [(_, whole)], _, _ = read(model, watched, batch)
+    bare, reader = n_hooks(model), LiveReader(model)
+    reader.watch(watched, tolerance=0.2)
+    found, hooked = [], []
+    for _ in range(2):
+        hooked.append(n_hooks(model))
+        reader.open()
+        losses(model, batch).sum().backward()
+        passes, gauged = reader.take()
+        model.zero_grad()
+        found.append(settle(weigh(passes[0], [RATE], 0.5))[1])
+        np.testing.assert_allclose(gauged[1], 1.0, rtol=1e-6)  # the weight that is gauged is among them
+        chosen = reader.learn(passes, [RATE])
+        assert (chosen is not None) == (len(found) == 1)
+    reader.close()
+    assert reader.problem == ""
+    assert n_hooks(model) == bare
+    assert hooked[1] < hooked[0]
+    np.testing.assert_allclose(found[0], whole, rtol=1e-5, atol=1e-6 * np.abs(whole).max())
+    missed = (found[1] - whole).std() / whole.std()
+    assert 0 < missed <= 0.201
+    assert found[1].mean() == pytest.approx(whole.mean(), rel=1e-3, abs=1e-6 * np.abs(whole).max())
