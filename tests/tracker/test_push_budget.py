@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 from diffing.errors import InputError
 from tests.tracker.training import PERSONAS, PROBES, make_trainer, model_to_train, no_report, quick_settings  # noqa: F401
 from tracker import CheckpointTracker
+from tracker.delivery.message import firing
 from tracker.live_cause import live_attribution
 from tracker.probes import pace
 from tracker.probes.live_push import LivePush
 from tracker.probes.pace import Pace
 from tracker.probes.persona_prompts import as_prompt_set
 from tracker.push_journal import ModulesRead, PushJournal, coverage
+from tracker.signals import Alert
 
 
 class Clock:
@@ -115,3 +118,11 @@ def test_which_modules_were_read_is_on_record_and_hidden_by_a_resume(tmp_path: P
     journal.close()
     PushJournal.start(tmp_path, 10, ["persona/evil/L1"]).close()
     assert PushJournal.read(tmp_path).choices() == chosen[:1]
+
+
+def test_a_message_names_the_rows_and_says_how_many_steps_were_read() -> None:
+    evidence = {"pushed_by": [{"example": "row-7", "push": 0.3}], "pushed_steps_read": [20, 200]}
+    alert = Alert("r", "persona/evil/L1/prompt", 300, 0.5, 0.4, 0.25, "gap", since=290, evidence=evidence)
+    assert "Rows that pushed most (20 of 200 steps were read): row-7." in firing(alert, "run").text
+    plain = replace(alert, evidence={"pushed_by": evidence["pushed_by"]})
+    assert "Rows that pushed most: row-7." in firing(plain, "run").text

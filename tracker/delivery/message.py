@@ -97,5 +97,7 @@ def _bounded(alert: Alert) -> dict[str, Any]:
 def _pushed(alert: Alert) -> list[str]:
     found = alert.evidence.get("pushed_by")
     rows = found if isinstance(found, list) else []
-    names = [str(row.get("id", row)) if isinstance(row, dict) else str(row) for row in rows[:3]]
-    return [f"Rows that pushed most: {', '.join(names)}."] if names else []
+    names = [str(row.get("example", row)) if isinstance(row, dict) else str(row) for row in rows[:3]]
+    read = alert.evidence.get("pushed_steps_read")
+    seen = f" ({read[0]} of {read[1]} steps were read)" if isinstance(read, list) and len(read) == 2 else ""
+    return [f"Rows that pushed most{seen}: {', '.join(names)}."] if names else []
