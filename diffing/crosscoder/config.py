@@ -39,8 +39,9 @@ class CrosscoderConfig:
         revive_until: share of the steps after which latents are left alone.
         idle_below: a latent is idle when its share of the written energy is below this multiple of the mean.
         revive_alike: cosine from which two residuals count as missing the same feature. Noise makes residuals unlike:
-            where it explains much of the activations, 0.3 finds features that 0.5 leaves in others. Chance gives
-            cosines of about one over the root of the sides' widths together; stay at several times that.
+            where it is much of the activations, 0.3 finds features that 0.5 leaves in others; it also takes firings
+            that one side alone shows for features of that side. Chance gives cosines of about one over the root of
+            the sides' widths together; stay at several times that.
         max_norm_ratio: tokens whose activation norm exceeds this multiple of the median on any side are left out
             of statistics and training; attention sinks would otherwise rule both.
         save_every: steps between two saved training states, where there is a folder to save to.
