@@ -111,9 +111,12 @@ class LiveReader:
             return self._choice.chosen
         return None
 
-    def _attach(self) -> None:
+    def _detach(self) -> None:
         while self._watching:
             self._watching.pop().remove()
+
+    def _attach(self) -> None:
+        self._detach()
         chosen = self._choice.chosen
         for hook in self._hooks:
             if chosen is None or hook.place in chosen.read:
@@ -121,9 +124,16 @@ class LiveReader:
 
     def open(self) -> None:
         """Forward passes of a training step follow."""
+        if self._hooks and not self._watching:
+            self._attach()
         self._open, self._current, self._passes, self.seconds = True, None, [], 0.0
         if self._gauge is not None:
             self._gauge.total = None
+
+    def pause(self) -> None:
+        """The next step is not read: modules are left alone until the next `open`."""
+        self.shut()
+        self._detach()
 
     def shut(self) -> None:
         """No pass counts until the next `open`."""

@@ -40,6 +40,7 @@ def steps_read(clock: Clock, step: float, cost: float, n: int = 200, share: floa
             read += 1
             with kept.reading():
                 clock.now += cost
+        kept.end()
     return read
 
 
@@ -57,12 +58,12 @@ def test_a_pause_is_no_reason_for_a_burst(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(pace, "time", clock)
     kept, read = Pace(0.02), []
     for number in range(40):
-        clock.now += 1000.0 if number == 20 else 0.0  # an evaluation
         read.append(kept.begin())
-        clock.now += 0.05
+        clock.now += 1000.0 if number == 20 else 0.05  # an evaluation in the midst of a step
         if read[-1]:
             with kept.reading():
                 clock.now += 0.002
+        kept.end()
     assert sum(read[20:30]) <= 5
 
 
@@ -77,6 +78,7 @@ def test_fresh_gradients_wait_and_the_first_do_not(monkeypatch: pytest.MonkeyPat
     while not kept.may_refresh():
         kept.begin()
         clock.now += 0.05
+        kept.end()
         waited += 1
     assert 195 <= waited <= 205  # 0.1 s at 1 % of 50 ms a step
 

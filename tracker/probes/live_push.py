@@ -208,6 +208,8 @@ class _Running(RunningProbe):
         self._reading = self._watching and affordable and (self._step + 1) % self._settings.every == 0
         if self._reading:
             self._reader.open()
+        else:
+            self._reader.pause()
 
     def before_update(self) -> None:
         if not self._reading:
@@ -227,6 +229,7 @@ class _Running(RunningProbe):
     def end_step(self) -> None:
         if self._reading:
             self.before_update()  # a loop that does not say when its gradients are complete
+        self._pace.end()
         self._step += 1
         self._reader.shut()
         self._due |= self._settings.refresh.due(self._step)

@@ -54,13 +54,16 @@ class Pace:
         """A step begins; whether it may be read."""
         if self._share is None:
             return True
-        now = time.perf_counter()
-        if self._began is not None:
-            earned = self._share / 2 * max(0.0, now - self._began - self._own)
+        self._began, self._own = time.perf_counter(), 0.0
+        return self._reading.held >= 0
+
+    def end(self) -> None:
+        """The step is over; what the loop does between steps earns nothing."""
+        if self._share is not None and self._began is not None:
+            earned = self._share / 2 * max(0.0, time.perf_counter() - self._began - self._own)
             self._reading.fill(earned)
             self._refreshing.fill(earned)
-        self._began, self._own = now, 0.0
-        return self._reading.held >= 0
+            self._began = None
 
     def may_refresh(self) -> bool:
         """Whether gradients may be taken anew; the first always may."""
