@@ -2,6 +2,9 @@
 
 Rows are told apart by what each pushed beside the rows of its time, not by sums: pushes grow a hundredfold while a
 drift gathers way, so that a sum says when a row was met as much as what it is.
+
+There are always two groups: of a run in which nothing is wrong the stronger half of ordinary rows would be called out.
+So ask only where an alarm was right. Rows of steps that were not read (`LivePush(budget=...)`) cannot be called out.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def parts_words(found: Explanation) -> str:
     told = ""
     if kinds:
         told = " and ".join(f"{visible(part.signal)} say {places(part.score, 2)}" for part in kinds)
-        told = f"Of its kinds of evidence {told}; the smaller counts. "
+        told = f"Of its kinds of evidence, each with the rise to expect at its pace, {told}; the smaller counts. "
     largest = ", ".join(f"{signal_title(part.signal)} ({places(part.score, 2)})" for part in measured[:3])
     return f"{told}Its largest parts: {largest}." if largest else told.strip()
 
