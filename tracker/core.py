@@ -109,7 +109,8 @@ class Tracker:
         probes: further probes; one of the same name replaces the standard one.
         intervention: what is done to the activations of training passes (`PreventiveSteering`), from its first step
             or once `engage` is called. The one thing that changes how the model is trained.
-        pushes: read from the training step's own backward how far every row pushes every persona (`LivePush`).
+        pushes: read from the training step's own backward how far every row pushes every persona (`LivePush`). A
+            number, as 0.01, leaves out steps so that it costs about this share of the training's own time.
         derived_from: fingerprint of the checkpoint that the model was fine-tuned from before this run, where the
             personas were extracted from that.
         strict: raise what fails instead of journalling it; for tests.
@@ -134,7 +135,7 @@ class Tracker:
         on_alert: Sequence[str] = ("log",),
         probes: Sequence[Probe] = (),
         intervention: PreventiveSteering | None = None,
-        pushes: bool = False,
+        pushes: bool | float = False,
         derived_from: str | None = None,
         strict: bool = False,
     ) -> None:

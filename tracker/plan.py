@@ -40,7 +40,8 @@ class Wanted:
         canaries: questions with two canned answers.
         probes: further probes, and replacements of standard ones by name.
         derived_from: fingerprint of the checkpoint that the model was trained from before this run.
-        pushes: whether rows' pushes are read from the training step's backward.
+        pushes: whether rows' pushes are read from the training step's backward; a number is the share of the training's
+            own time that it may cost.
     """
 
     personas: tuple[PersonaVector, ...] | None
@@ -48,7 +49,7 @@ class Wanted:
     canaries: tuple[Canary, ...] | None
     probes: tuple[Probe, ...]
     derived_from: str | None
-    pushes: bool = False
+    pushes: bool | float = False
 
     def names(self) -> frozenset[str]:
         """Names of the probes that were asked for, rather than taken by default."""
@@ -56,7 +57,7 @@ class Wanted:
             "persona_batch": self.personas is not None,
             "persona_prompts": self.personas is not None or self.prompts is not None,
             "canary": self.canaries is not None,
-            "live_push": self.pushes,
+            "live_push": bool(self.pushes),
         }
         return frozenset([name for name, was in asked.items() if was] + [probe.name for probe in self.probes])
 
@@ -69,7 +70,7 @@ class Wanted:
         probes: Sequence[Probe],
         derived_from: str | None,
         *,
-        pushes: bool = False,
+        pushes: bool | float = False,
     ) -> Wanted:
         """Reads the files that are named.
 
@@ -79,6 +80,8 @@ class Wanted:
         names = [probe.name for probe in probes]
         if len(set(names)) != len(names):
             raise InputError(f"Expected probes of different names, got {', '.join(names)}. Leave one out.")
+        if not isinstance(pushes, bool) and not 0 < pushes < 1:
+            raise InputError(f"Expected pushes to be True or a share of the training's time, got {pushes:g}. Write 0.01.")
         if isinstance(prompts, str | Path):
             prompts = PromptSet.from_file(prompts)
         return cls(
@@ -172,7 +175,9 @@ def _persona_probes(
         notes.append(f"The shipped probe prompts are not put to the model: {error}")
         return probes, {}
     probes.append(PersonaPrompts(vectors, prompts, direction=True))
-    return [*probes, LivePush(vectors, prompts)] if wanted.pushes else probes, record
+    if wanted.pushes:
+        probes.append(LivePush(vectors, prompts, budget=None if wanted.pushes is True else wanted.pushes))
+    return probes, record
 
 
 def _personas(wanted: Wanted, subject: Subject, run_dir: Path, notes: list[str]) -> tuple[PersonaVector, ...]:

@@ -106,6 +106,14 @@ def test_a_budget_out_of_range_is_refused(tmp_path: Path) -> None:
         train(tmp_path, budget=2.0)
 
 
+def test_the_tracker_takes_a_budget_for_pushes_and_refuses_one_out_of_range(tmp_path: Path) -> None:
+    callback = CheckpointTracker(tmp_path / "run", **quick_settings(canaries=(), pushes=1e-6))
+    make_trainer(model_to_train("lora"), tmp_path / "out", [callback], max_steps=8).train()
+    assert len(np.unique(PushJournal.read(tmp_path / "run").visits("villain").step)) == 1
+    with pytest.raises(InputError, match="share of the training's time"):
+        CheckpointTracker(tmp_path / "other", **quick_settings(pushes=1.5))
+
+
 def test_coverage_counts_from_the_first_step_that_was_read() -> None:
     assert coverage(np.array([3, 3, 5, 7]), 1, 10) == (3, 8)
     assert coverage(np.array([], dtype=int), 1, 10) == (0, 10)
