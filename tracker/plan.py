@@ -81,7 +81,7 @@ class Wanted:
         if len(set(names)) != len(names):
             raise InputError(f"Expected probes of different names, got {', '.join(names)}. Leave one out.")
         if not isinstance(pushes, bool) and not 0 < pushes < 1:
-            raise InputError(f"Expected pushes to be True or a share of the training's time, got {pushes:g}. Write 0.01.")
+            raise InputError(f"Expected pushes to be True or a share of training time, got {pushes:g}. Write 0.01.")
         if isinstance(prompts, str | Path):
             prompts = PromptSet.from_file(prompts)
         return cls(

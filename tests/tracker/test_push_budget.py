@@ -110,7 +110,7 @@ def test_the_tracker_takes_a_budget_for_pushes_and_refuses_one_out_of_range(tmp_
     callback = CheckpointTracker(tmp_path / "run", **quick_settings(canaries=(), pushes=1e-6))
     make_trainer(model_to_train("lora"), tmp_path / "out", [callback], max_steps=8).train()
     assert len(np.unique(PushJournal.read(tmp_path / "run").visits("villain").step)) == 1
-    with pytest.raises(InputError, match="share of the training's time"):
+    with pytest.raises(InputError, match="share of training time"):
         CheckpointTracker(tmp_path / "other", **quick_settings(pushes=1.5))
 
 
