@@ -5,10 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.alarms_record import CALIBRATION_SEEDS, TEST_SEEDS, RunName, planned_runs, rows_of
+from benchmarks.alarms_record import (
+    BATCH,
+    CALIBRATION_SEEDS,
+    STEPS,
+    TEST_SEEDS,
+    RunName,
+    learning_rate_of,
+    planned_runs,
+    rows_of,
+    steps_of,
+)
 from benchmarks.alarms_world import (
     CANARY,
-    FUSED,
     PROMPT,
     RATE,
     RULES,
@@ -22,7 +31,13 @@ from diffing.errors import InputError
 from tracker.alarms.run_series import RunSeries
 from tracker.signals import DriftSignal
 
-_UNITS = {PROMPT: "gap", CANARY: "nats/token", FUSED[2]: "gap", FUSED[3]: "cosine", "drift/L2/norm": "relative"}
+_UNITS = {
+    PROMPT: "gap",
+    CANARY: "nats/token",
+    "persona/villain/L2/batch": "gap",
+    "persona/villain/L2/cosine": "cosine",
+    "drift/L2/norm": "relative",
+}
 
 
 def run(
@@ -47,9 +62,24 @@ BANK = [run("good", 100 + place, height=0.1) for place in range(19)]
 
 def test_the_plan_holds_nineteen_benign_runs_a_base_and_judges_none_that_calibrated() -> None:
     runs = list(planned_runs((0, 1, 2)))
-    assert len(runs) == len(set(runs)) == 165
+    assert len(runs) == len(set(runs)) == 180
     assert not set(CALIBRATION_SEEDS) & set(TEST_SEEDS)
     assert [sum(one.base == base and one.seed in CALIBRATION_SEEDS for one in runs) for base in (0, 1, 2)] == [20] * 3
+
+
+def test_a_steady_twin_takes_more_steps_on_bad_rows_and_an_unsteady_one_a_higher_rate() -> None:
+    steady, unsteady = RunName(0, "narrow", 0), RunName(0, "unsteady", 0)
+    assert steps_of(steady) > steps_of(unsteady) == STEPS and learning_rate_of(unsteady) > learning_rate_of(steady)
+    for twin in (steady, unsteady):
+        rows = rows_of(twin)
+        assert len(rows) == steps_of(twin) * BATCH and all(is_bad(row) for row in rows)
+
+
+def test_a_least_effect_holds_back_what_benign_runs_would_have_let_through() -> None:
+    mild, bad = run("bad", 0, height=0.14), run("bad", 1, height=1.0)
+    loose, held = (judge_runs("misalignment score", BANK, [mild, bad], least=least) for least in (0.1, 0.9))
+    assert loose[0].alarm is not None and held[0].alarm is None
+    assert loose[1].alarm < held[1].alarm
 
 
 def test_diluted_runs_have_their_share_of_bad_rows() -> None:
