@@ -29,7 +29,8 @@ def killed_and_whole(attributing: Attributing, job: str, folder: Path, commits: 
     whole, torn = folder / "whole", folder / "torn"
     assert attributing.do(job, whole) == 0
     assert attributing.do(job, torn, commits, seed) == KILLED
-    assert attributing.do(job, torn, commits // 2, seed + 1) == KILLED
+    # Few: the fuse is a thread, and on a busy machine the work may end before it.
+    assert attributing.do(job, torn, max(1, commits // 4), seed + 1) == KILLED
     assert attributing.do(job, torn) == 0
     return whole, torn
 
