@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,7 @@ def train_with_recovery(
     callback = _tracker_of(trainer)
     made: list[Recovered] = []
     gone: list[Row] = []
+    standing: list[InterventionChanged] = []
     start = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
     while True:
         trainer.train(resume_from_checkpoint=start)
@@ -106,7 +107,7 @@ def train_with_recovery(
         if wanted is None or len(made) == most:
             return tuple(made)
         earlier = made[-1].step if made else None
-        recovered = _prepare(trainer, callback, wanted, _Drop(drop_share, judge_unmet, gone), earlier)
+        recovered = _prepare(trainer, callback, wanted, _Drop(drop_share, judge_unmet, gone), earlier, standing)
         made.append(recovered)
         _log.warning("Going on from step %d after %s.", recovered.step, recovered.alert.id)
         start = str(recovered.checkpoint)
@@ -182,7 +183,12 @@ class _Drop:
 
 
 def _prepare(
-    trainer: Trainer, callback: CheckpointTracker, wanted: WantedRecovery, drop: _Drop, earlier: int | None
+    trainer: Trainer,
+    callback: CheckpointTracker,
+    wanted: WantedRecovery,
+    drop: _Drop,
+    earlier: int | None,
+    standing: list[InterventionChanged],
 ) -> Recovered:
     alert, actions = wanted.alert, wanted.actions
     run_dir = callback.tracker.output_dir
@@ -198,9 +204,11 @@ def _prepare(
             if dropped:
                 trainer.train_dataset = dataset = _without(dataset, flagged.places)
         facts: dict[str, Any] = {"alert": alert.id, "from_step": alert.step, "to_step": clean.step}
-        _record(journal, clean.step, ROLLBACK, facts, alert)
+        standing.append(InterventionChanged(alert.step, ROLLBACK, True, facts, alert.id))
         if dropped:
-            _record(journal, clean.step, DROPPED, {**facts, "rows": list(dropped), "left": len(dataset)}, alert)
+            told = {**facts, "rows": list(dropped), "left": len(dataset)}
+            standing.append(InterventionChanged(alert.step, DROPPED, True, told, alert.id))
+        _record(journal, clean.step, standing)
     steered = "steer" in actions
     if steered:
         callback.tracker.engage_at_start(alert.id)
@@ -219,11 +227,14 @@ def _rows_to_drop(trainer: Trainer, run_dir: Path, alert: Alert, rows: Sequence[
     return as_hard_as(trainer.model, rows, flagged, drop.gone, query).first(drop.share)
 
 
-def _record(journal: Journal, step: int, name: str, settings: Mapping[str, Any], alert: Alert) -> None:
-    # At the step that training goes back to, so that the resume which follows does not take it back.
-    change = InterventionChanged(step, name, True, settings, alert.id)
-    journal.record_event(change)
-    journal.record_event(replace(change, engaged=False))
+def _record(journal: Journal, step: int, standing: list[InterventionChanged]) -> None:
+    """Records what was done, and again what was done before at later steps: it stands, though its steps do not."""
+    for place, change in enumerate(standing):
+        if change.step > step:
+            # At the step that training goes back to, so that the resume which follows does not take it back.
+            standing[place] = change = replace(change, step=step)
+            journal.record_event(change)
+            journal.record_event(replace(change, engaged=False))
 
 
 def _tracker_of(trainer: Trainer) -> CheckpointTracker:

@@ -60,14 +60,16 @@ def run(tmp_path: Path):
     return make
 
 
-def fire_at(callback: CheckpointTracker, step: int, actions: tuple[str, ...], *, signal: str = SIGNAL) -> None:
-    """Has the tracker judge as if a rule had fired at a step of the first attempt."""
+def fire_at(
+    callback: CheckpointTracker, step: int, actions: tuple[str, ...], *, signal: str = SIGNAL, times: int = 1
+) -> None:
+    """Has the tracker judge as if a rule had fired at a step of the first attempts."""
     tracker, fired = callback.tracker, []
     end_step = tracker.end_step
 
     def end_and_fire(at: int, *rest, **more):
         decision = end_step(at, *rest, **more)
-        if at == step and not fired:
+        if at == step and len(fired) < times:
             fired.append(at)
             alert = alert_at(step, step - 1, signal=signal)
             alert = Alert(**{**vars(alert), "evidence": {"rule_name": "drift", "actions": list(actions)}})
@@ -110,6 +112,17 @@ def test_rows_that_pushed_are_left_out_from_there_on(run) -> None:
     left = {name for row in trainer.train_dataset for name in row_names([row]).values()}
     assert not left & set(recovered.dropped)
     assert [span.name for span in intervention_spans(callback.tracker.output_dir)] == ["rollback", "rows dropped"]
+
+
+def test_rows_stay_on_record_as_dropped_when_a_later_alert_goes_back_further(run) -> None:
+    trainer, callback, _ = run(pushes=True)
+    fire_at(callback, 6, ("rollback", "drop"), times=2)
+    first, second = train_with_recovery(trainer, most=2, drop_share=0.25)
+    assert second.step < first.step and first.dropped
+    spans = intervention_spans(callback.tracker.output_dir)
+    assert [span.name for span in spans][:3] == ["rollback", "rows dropped", "rollback"]
+    assert spans[1].settings["rows"] == list(first.dropped) and spans[1].settings["to_step"] == first.step
+    assert {span.start for span in spans} == {second.step}
 
 
 def test_the_rows_dropped_are_the_run_s_own_record_up_to_the_alert(run) -> None:
