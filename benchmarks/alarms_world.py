@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from benchmarks.alarms_record import CACHE, CALIBRATION_SEEDS, HARMLESS_KINDS, RunName, planned_runs
 from tracker.alarms.fusion import LEAST_EFFECT, patterns_of
-from tracker.alarms.fusion_fit import fit_score, left_out_scores
+from tracker.alarms.fusion_fit import fit_left_out
 from tracker.alarms.levels import conformal_threshold
 from tracker.alarms.run_maximum import Sustained
 from tracker.alarms.run_series import RunSeries
@@ -133,10 +133,8 @@ Calibrated = tuple[list[Points], Callable[[Recorded], Points], float]
 
 def _score(bank: Sequence[Recorded]) -> Calibrated:
     runs = [one.series for one in bank]
-    own = [
-        [(one.step, one.value) for one in series] for series in left_out_scores(runs, signals=patterns_of([PERSONA]))
-    ]
-    score = fit_score(runs, signals=patterns_of([PERSONA]))
+    score, left_out = fit_left_out(runs, signals=patterns_of([PERSONA]))
+    own = [[(one.step, one.value) for one in series] for series in left_out]
     return own, lambda run: [(one.step, one.value) for one in score.follow(run.series.signals())], score.floor()
 
 

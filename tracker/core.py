@@ -30,7 +30,6 @@ from diffing.errors import InputError
 from diffing.persona import Canary, PersonaVector
 from diffing.prompts import PromptSet
 from tracker.alarms.bank import NullBank
-from tracker.alarms.fusion_fit import fit_score
 from tracker.alarms.run_series import RunSeries
 from tracker.alert_life import requested_actions
 from tracker.decision import ACTIONS, Decision, WantedRecovery
@@ -163,7 +162,7 @@ class Tracker:
             detectors=tuple(judges),
             sinks=(*((MlflowSink(),) if sinks is None else sinks), *told),
             strict=strict,
-            score=None if self.bank is None else fit_score(self.bank.runs, signals=self.bank.fused),
+            score=None if self.bank is None else self.bank.score(),
             intervention=None if intervention is None else intervention.loaded(),
         )
         self._session: Session | None = None

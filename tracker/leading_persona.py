@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tracker.alarms.fusion import SCORE
+from tracker.alarms.fusion import SCORE, part_name
 from tracker.signals import Alert, DriftSignal
 
 _PROMPT = "/prompt"
@@ -33,7 +33,7 @@ def leading_persona(alert: Alert, signals: Iterable[DriftSignal]) -> str:
     if alert.signal == SCORE:
         for name in latest:
             place = "/".join(name.split("/")[:3])
-            part = latest.get(f"{SCORE}/{name.replace('/', '.')}")
+            part = latest.get(part_name(name))
             if part is not None and place in made:
                 made[place] += part
     return max(moved, key=lambda place: (made[place], moved[place]))

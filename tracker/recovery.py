@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +98,14 @@ def train_with_recovery(
         )
     callback = _tracker_of(trainer)
     made: list[Recovered] = []
-    gone: list[Row] = []
-    standing: list[InterventionChanged] = []
+    so_far = _SoFar(drop_share, judge_unmet)
     start = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
     while True:
         trainer.train(resume_from_checkpoint=start)
         wanted = callback.tracker.wanted_recovery
         if wanted is None or len(made) == most:
             return tuple(made)
-        earlier = made[-1].step if made else None
-        recovered = _prepare(trainer, callback, wanted, _Drop(drop_share, judge_unmet, gone), earlier, standing)
+        recovered = _prepare(trainer, callback, wanted, so_far)
         made.append(recovered)
         _log.warning("Going on from step %d after %s.", recovered.step, recovered.alert.id)
         start = str(recovered.checkpoint)
@@ -173,58 +171,54 @@ def flagged_until(
     return flag_rows(run_dir, trait, rows, until=alert.step if until is None else until, share=share)
 
 
-@dataclass(frozen=True)
-class _Drop:
-    """How rows are dropped: at most which share, whether unmet ones too, and which are gone (grows)."""
+@dataclass
+class _SoFar:
+    """How rows are dropped (at most which share, whether unmet ones too), and what earlier recoveries did."""
 
     share: float
     judge_unmet: bool
-    gone: list[Row]
+    step: int | None = None  # that was gone back to last
+    gone: list[Row] = field(default_factory=list)
+    standing: list[InterventionChanged] = field(default_factory=list)
 
 
-def _prepare(
-    trainer: Trainer,
-    callback: CheckpointTracker,
-    wanted: WantedRecovery,
-    drop: _Drop,
-    earlier: int | None,
-    standing: list[InterventionChanged],
-) -> Recovered:
+def _prepare(trainer: Trainer, callback: CheckpointTracker, wanted: WantedRecovery, so_far: _SoFar) -> Recovered:
     alert, actions = wanted.alert, wanted.actions
     run_dir = callback.tracker.output_dir
     with Journal.attach(run_dir) as journal:
-        clean = clean_checkpoint(journal, alert, before=earlier)
+        clean = clean_checkpoint(journal, alert, before=so_far.step)
         dropped: tuple[ExampleId, ...] = ()
         dataset: Any = trainer.train_dataset
         if "drop" in actions:
             rows = _token_rows(dataset)
-            flagged = _rows_to_drop(trainer, run_dir, alert, rows, drop)
+            flagged = _rows_to_drop(trainer, run_dir, alert, rows, so_far)
             dropped = flagged.names
-            drop.gone.extend(rows[place] for place in flagged.places)
+            so_far.gone.extend(rows[place] for place in flagged.places)
             if dropped:
                 trainer.train_dataset = dataset = _without(dataset, flagged.places)
         facts: dict[str, Any] = {"alert": alert.id, "from_step": alert.step, "to_step": clean.step}
-        standing.append(InterventionChanged(alert.step, ROLLBACK, True, facts, alert.id))
+        so_far.standing.append(InterventionChanged(alert.step, ROLLBACK, True, facts, alert.id))
         if dropped:
             told = {**facts, "rows": list(dropped), "left": len(dataset)}
-            standing.append(InterventionChanged(alert.step, DROPPED, True, told, alert.id))
-        _record(journal, clean.step, standing)
+            so_far.standing.append(InterventionChanged(alert.step, DROPPED, True, told, alert.id))
+        _record(journal, clean.step, so_far.standing)
+        so_far.step = clean.step
     steered = "steer" in actions
     if steered:
         callback.tracker.engage_at_start(alert.id)
     return Recovered(alert, clean.path, clean.step, dropped, len(dataset), steered)
 
 
-def _rows_to_drop(trainer: Trainer, run_dir: Path, alert: Alert, rows: Sequence[Row], drop: _Drop) -> FlaggedRows:
+def _rows_to_drop(trainer: Trainer, run_dir: Path, alert: Alert, rows: Sequence[Row], so_far: _SoFar) -> FlaggedRows:
     assert trainer.model is not None
-    flagged = flagged_until(run_dir, alert, rows, share=drop.share)
-    if not (drop.judge_unmet or drop.gone):
+    flagged = flagged_until(run_dir, alert, rows, share=so_far.share)
+    if not (so_far.judge_unmet or so_far.gone):
         return flagged
     vector = persona_of(run_dir, flagged.trait)
     query = projection_query(vector, probe_inputs_of(run_dir), device=str(trainer.args.device))
-    if drop.judge_unmet:
+    if so_far.judge_unmet:
         flagged = flag_unmet(trainer.model, rows, flagged, query)
-    return as_hard_as(trainer.model, rows, flagged, drop.gone, query).first(drop.share)
+    return as_hard_as(trainer.model, rows, flagged, so_far.gone, query).first(so_far.share)
 
 
 def _record(journal: Journal, step: int, standing: list[InterventionChanged]) -> None:

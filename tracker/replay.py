@@ -9,7 +9,6 @@ from pathlib import Path
 
 from tracker.alarms.bank import NullBank
 from tracker.alarms.fusion import SCORE, ScoreStream
-from tracker.alarms.fusion_fit import fit_score
 from tracker.alarms.run_series import RunSeries, by_step
 from tracker.alert_life import Incident, incidents
 from tracker.detectors import MaxOverRun
@@ -79,7 +78,7 @@ def _scored(signals: list[DriftSignal], rules: RuleSet, run_dir: Path | str) -> 
     given = judging[0].settings.get("bank", MaxOverRun.bank)
     bank = given if isinstance(given, NullBank) else NullBank.load(given)
     bank.check(RunSeries.from_run(run_dir))
-    stream = ScoreStream(fit_score(bank.runs, signals=bank.fused))
+    stream = ScoreStream(bank.score())
     return [one for _, measured in by_step(signals) for one in (*measured, *stream.take(measured))]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tracker.alarms.fusion import SCORE
+from tracker.alarms.fusion import SCORE, part_name
 from tracker.signals import DriftSignal
 
 
@@ -54,13 +54,13 @@ def score_parts(signals: Iterable[DriftSignal], *, step: int, since: int) -> tup
             before[one.name] = one.value
     if SCORE not in now or now[SCORE].step != step:
         return ()
-    written = {name.replace("/", "."): name for name in now}
+    measured_as = {part_name(name): now[name] for name in now}
     found = []
     for name, one in now.items():
         if not name.startswith(f"{SCORE}/") or one.step != step:
             continue
         part = name.removeprefix(f"{SCORE}/")
-        measured = now[written[part]] if "." in part and part in written else None
+        measured = measured_as.get(name) if "." in part else None
         if measured is None:
             found.append(PartAt(part, one.value, before.get(name), unit=one.unit))
         else:

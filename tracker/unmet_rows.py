@@ -48,11 +48,11 @@ def flag_unmet(model: nn.Module, rows: Sequence[Any], flagged: FlaggedRows, quer
         return flagged
     places = [*known[0], *known[1], *unmet]
     try:
-        found = measure_pushes(model, [_labelled(rows[place]) for place in places], [query])
+        per_token = _pushes(model, [rows[place] for place in places], query)
     except PalimpsestError as error:
         _log.warning("%d rows that were not met yet stay unjudged: %s", len(unmet), error)
         return flagged
-    pushes = np.sqrt(np.maximum(0.0, found.scores[0] / np.maximum(1, found.tokens)))
+    pushes = np.sqrt(np.maximum(0.0, per_token))
     bad, good = pushes[: len(known[0])], pushes[len(known[0]) : len(known[0]) + len(known[1])]
     agreed = float((bad[:, None] > good[None]).mean())
     if agreed < _LEAST_AGREED:
@@ -90,11 +90,10 @@ def as_hard_as(
         return flagged
     asked = [*known, *(rows[place] for place in flagged.places)]
     try:
-        found = measure_pushes(model, [_labelled(row) for row in asked], [query])
+        pushes = _pushes(model, asked, query)
     except PalimpsestError as error:
         _log.warning("%d rows are dropped without a look at what they push now: %s", len(flagged.places), error)
         return flagged
-    pushes = found.scores[0] / np.maximum(1, found.tokens)
     least = _AS_HARD * float(np.median(pushes[: len(known)]))
     strong = [at for at, push in enumerate(pushes[len(known) :]) if push >= max(least, 0.0)]
     return replace(
@@ -108,6 +107,12 @@ def as_hard_as(
 def _spread(places: Sequence[int]) -> list[int]:
     n = min(len(places), _REFERENCES)
     return [places[at * len(places) // n] for at in range(n)]
+
+
+def _pushes(model: nn.Module, rows: Sequence[Any], query: Query) -> np.ndarray:
+    """Of each row, a token of its answer."""
+    found = measure_pushes(model, [_labelled(row) for row in rows], [query])
+    return found.scores[0] / np.maximum(1, found.tokens)
 
 
 def _labelled(row: Any) -> dict[str, Any]:

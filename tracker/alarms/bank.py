@@ -11,7 +11,8 @@ from typing import Any
 from diffing.durable import write_json
 from diffing.errors import InputError, PathMissingError
 from diffing.provenance import check_comparable, installed_versions, utc_now
-from tracker.alarms.fusion import PATTERNS, patterns_of
+from tracker.alarms.fusion import PATTERNS, MisalignmentScore, patterns_of
+from tracker.alarms.fusion_fit import fit_score
 from tracker.alarms.run_series import RunSeries
 
 SCHEMA_VERSION = 1
@@ -48,7 +49,7 @@ class NullBank:
         return f"NullBank({len(self.runs)} runs of {self.horizon} steps)"
 
     @classmethod
-    def of(cls, runs: Iterable[RunSeries], *, fused: Sequence[str] = PATTERNS) -> NullBank:
+    def of(cls, runs: Iterable[RunSeries]) -> NullBank:
         """A bank of these runs; the same run given twice counts once.
 
         Raises:
@@ -58,7 +59,7 @@ class NullBank:
         found = list(runs)
         if not found:
             raise InputError("Expected benign runs to make a bank of, got none. Name their run directories.")
-        return cls(dict(found[0].signature), (), tuple(fused)).with_runs(found)
+        return cls(dict(found[0].signature), ()).with_runs(found)
 
     def with_runs(self, runs: Iterable[RunSeries]) -> NullBank:
         """The bank with further runs.
@@ -98,6 +99,14 @@ class NullBank:
         if unknown := [name for name in personas if name not in known]:
             raise InputError(f"Expected personas out of {', '.join(known)}; got {unknown[0]!r}. Name one of these.")
         return replace(self, fused=patterns_of(personas))
+
+    def score(self) -> MisalignmentScore:
+        """The misalignment score that these runs give.
+
+        Raises:
+            InputError: they are fewer than three, or have no signal to fuse.
+        """
+        return fit_score(self.runs, signals=self.fused)
 
     def without(self, place: int) -> NullBank:
         """The bank less one run."""

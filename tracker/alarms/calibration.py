@@ -12,7 +12,6 @@ import numpy as np
 from diffing.errors import InputError
 from tracker.alarms.bank import NullBank
 from tracker.alarms.fusion import SCORE, UNIT, ScorePart
-from tracker.alarms.fusion_fit import fit_score
 from tracker.alarms.levels import ExactShare, best_level, nulls_needed
 from tracker.alarms.run_maximum import NullMaxima, null_maxima, statistic_of
 from tracker.alarms.run_series import matching
@@ -126,7 +125,7 @@ def calibrate_signals(
     asked = list(patterns) or [*([SCORE] if scored else []), *matching(bank.signals, bank.fused)]
     notes = [] if scored else [f"No score: it needs {_FEWEST_FOR_SCORE} benign runs with signals to fuse."]
     signals = tuple(_calibrate(bank, pattern, level, in_a_row, leave_one_out) for pattern in asked)
-    parts = sorted(fit_score(bank.runs, signals=bank.fused).parts, key=lambda part: -part.weight) if scored else []
+    parts = sorted(bank.score().parts, key=lambda part: -part.weight) if scored else []
     return Calibration(
         len(bank), bank.horizon, level, best_level(len(bank)), needed, in_a_row, signals, tuple(parts), tuple(notes)
     )

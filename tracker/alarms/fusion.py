@@ -130,12 +130,12 @@ class ScoreStream:
             # Parts share prompts and model: their errors may all lie on one side, so widths are added, not squared.
             added = factor * np.array([one.value - low, one.value, one.value + high])
             ends[part.group] = ends.get(part.group, np.zeros(3)) + added
-            name = f"{SCORE}/{part.signal.replace('/', '.')}"
+            name = part_name(part.signal)
             parts.append(DriftSignal(name, factor * one.value, due.step, UNIT, n=one.n, reference=one.reference))
         kinds = kinds_of(ends)
         if set(kinds) != set(self._paces):
             return []
-        kinds = {kind: ends + self._paces[kind].rise(due.step, float(ends[1])) for kind, ends in kinds.items()}
+        kinds = {kind: now + self._paces[kind].rise(due.step, float(now[1])) for kind, now in kinds.items()}
         found = {SCORE: np.min(list(kinds.values()), axis=0)}
         found |= {f"{SCORE}/{kind}": value for kind, value in kinds.items()}
         made = [
@@ -169,6 +169,11 @@ class Latest:
             return one, 1.0
         drift = self._found.get(part.gate)
         return one, 0.0 if drift is None else max(0.0, drift.value) / _DRIFT
+
+
+def part_name(signal: str) -> str:
+    """What a signal's share in the score is called."""
+    return f"{SCORE}/{signal.replace('/', '.')}"
 
 
 def patterns_of(personas: Sequence[str]) -> tuple[str, ...]:

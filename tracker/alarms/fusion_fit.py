@@ -47,9 +47,17 @@ def left_out_scores(
     runs: Sequence[RunSeries], *, signals: Sequence[str] = PATTERNS, positives: Sequence[RunSeries] = ()
 ) -> list[list[DriftSignal]]:
     """Each benign run's score by the weights of the others, on the scale of all: what a new benign run would get."""
+    return fit_left_out(runs, signals=signals, positives=positives)[1]
+
+
+def fit_left_out(
+    runs: Sequence[RunSeries], *, signals: Sequence[str] = PATTERNS, positives: Sequence[RunSeries] = ()
+) -> tuple[MisalignmentScore, list[list[DriftSignal]]]:
+    """`fit_score` and `left_out_scores` of one fit."""
     fit = _Fit.of(runs, signals, positives)
-    scale = fit.score().scale
-    return [replace(fit.score(without=place), scale=scale).follow(run.signals()) for place, run in enumerate(runs)]
+    whole = fit.score()
+    others = (replace(fit.score(without=place), scale=whole.scale) for place in range(len(runs)))
+    return whole, [other.follow(run.signals()) for other, run in zip(others, runs, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)

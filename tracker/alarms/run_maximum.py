@@ -11,7 +11,7 @@ import numpy as np
 from diffing.errors import InputError
 from tracker.alarms.bank import NullBank
 from tracker.alarms.fusion import LEAST_EFFECT, SCORE
-from tracker.alarms.fusion_fit import fit_score, left_out_scores
+from tracker.alarms.fusion_fit import fit_left_out
 from tracker.alarms.levels import conformal_threshold
 from tracker.alarms.run_series import RunSeries, matching
 from tracker.signals import DriftSignal
@@ -95,10 +95,9 @@ def null_maxima(bank: NullBank, pattern: str, *, in_a_row: int = 1) -> NullMaxim
     """
     horizon = bank.horizon
     if pattern == SCORE:
-        scores = left_out_scores(bank.runs, signals=bank.fused)
+        whole, scores = fit_left_out(bank.runs, signals=bank.fused)
         values = tuple(run_maximum(series, in_a_row=in_a_row, until=horizon) for series in scores)
-        scale = fit_score(bank.runs, signals=bank.fused).scale
-        return NullMaxima((SCORE,), {SCORE: 0.0}, {SCORE: 1.0}, values, horizon, scale)
+        return NullMaxima((SCORE,), {SCORE: 0.0}, {SCORE: 1.0}, values, horizon, whole.scale)
     members = matching(bank.signals, [pattern])
     if not members:
         raise InputError(
@@ -128,11 +127,7 @@ def statistic_of(run: RunSeries, bank: NullBank, nulls: NullMaxima, *, in_a_row:
     """A new run's statistic, to be held against what the bank's runs reached; -inf where nothing was measured."""
     series = run.series
     if nulls.members == (SCORE,):
-        series = {
-            SCORE: tuple(
-                one for one in fit_score(bank.runs, signals=bank.fused).follow(run.signals()) if one.name == SCORE
-            )
-        }
+        series = {SCORE: tuple(bank.score().follow(run.signals()))}
     return max(
         (
             run_maximum(series[name], in_a_row=in_a_row, until=nulls.horizon) - nulls.centres[name]
